@@ -1,0 +1,64 @@
+# All that there is to do here, from a fresh clone, with nothing but Python 3.11 or newer and make:
+#   make compare      make test      make help
+#
+# The first target you run sets up .venv, once; that downloads packages and is all that needs a network.
+# Versions are pinned in constraints.txt; change it or pyproject.toml and the next make brings .venv up to date.
+#
+#   PYTHON=python3.12           another interpreter to build .venv with
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                               CPU-only torch: a smaller download on Linux (elsewhere it is what you get anyway)
+#   ARGS="--seeds 3"            more options for `make compare`
+
+PYTHON      ?= python3
+TORCH_INDEX ?=
+ARGS        ?=
+
+PY    := .venv/bin/python
+READY := .venv/.ready
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup compare test bench figures lint lab clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY)  ## build .venv (once; every other target does it for you)
+
+# torch comes first and by itself, so that TORCH_INDEX decides its build and nothing else's.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Setting up .venv: downloads once and needs the network; later runs do neither."
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test,kernels]"
+	@touch $(READY)
+
+compare: $(READY)  ## quantize the bundled model to 2 bits with every method and print one table
+	$(PY) -m lcqat_min compare $(ARGS)
+
+test: $(READY)  ## run the unit tests, then every notebook
+	$(PY) -m pytest
+	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null | head -n 1)" ]; then \
+	  echo "There is no notebook yet: only the unit tests ran."; \
+	else \
+	  LCQAT_QUIET=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	  $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/; \
+	fi
+
+bench: $(READY)  ## time the layers and kernels
+	$(PY) scripts/bench.py $(ARGS)
+
+figures: $(READY)  ## draw the figures again from results/
+	$(PY) scripts/figures.py
+
+lint: $(READY)  ## check the style
+	$(PY) -m ruff check .
+
+lab: $(READY)  ## open the notebooks
+	$(PY) -m jupyter lab notebooks
+
+clean:  ## delete caches and build leftovers; .venv, runs/ and results/ stay
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist

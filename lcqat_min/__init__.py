@@ -1,0 +1,13 @@
+"""lcqat-min: 2-bit vector-quantization-aware training of language models, small enough to read.
+
+    from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
+
+The core (codebook, rotate, rounding, calibrate, linear, convert, train) needs torch and the standard library alone.
+"""
+
+from .convert import QuantConfig, quantize
+from .evaluate import kl_to, perplexity
+from .train import TrainConfig, train
+
+__all__ = ["QuantConfig", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
+__version__ = "0.1.0"

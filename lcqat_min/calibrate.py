@@ -1,0 +1,226 @@
+"""Calibration and rounding with error feedback: the post-training start.
+
+A layer y = W x is quantized so that its *output* changes least. With the second moment of its inputs, H = E[x x^T]
+([n, n], fp64, estimated on a few thousand tokens), the mean squared change of the output is the proxy loss
+
+    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )              one term a row: rows do not interact
+
+Plain rounding ignores that errors in correlated inputs can cancel. Feedback rounding (LDLQ in QuIP#, OPTQ/GPTQ for
+vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lower triangular), cut it in blocks of d columns, and
+go from the last vector of columns to the first:
+
+    t_k     = W_k + sum_{j>k} (W_j - W_hat_j) L_jk           L_jk = C_jk C_kk^-1      the target: weight + carried error
+    W_hat_k = nearest codeword to t_k in the metric C_kk     i.e. least | C_kk^T (t_k - W_hat_k) |^2
+
+Then loss = sum_k | C_kk^T (t_k - W_hat_k) |^2 exactly: what is left over is each vector's own rounding error. The
+metric matters for d > 1: the nearest codeword in plain distance is not the one of least loss.
+
+The sums are carried in blocks of FEEDBACK_BLOCK columns, so that almost all work is matrix products. For each row,
+several scales are tried, with and without feedback, and the best is kept: feedback never loses to plain rounding.
+
+H is damped (H + damping * mean(diag H) * I); when it is still not positive definite (fewer tokens than inputs, doubled
+channels) the damping rises tenfold until it is, and the value used is reported. An input that was never active (H_ii
+= 0) gets the mean diagonal: its weights are rounded by themselves.
+
+Gives up: the codes are found greedily, once, vector by vector; second moments come from the unquantized model, so a
+layer does not make up for the errors of earlier layers. Training does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .codebook import AffineCodebook, Codebook, digits_of
+
+FEEDBACK_BLOCK = 128
+SCALE_FACTORS = tuple(0.70 + 0.05 * step for step in range(10))  # of a row's root mean square: 0.70 ... 1.15
+
+
+@dataclass(frozen=True)
+class Moments:
+    """H = E[x x^T], fp64 [n, n], over `tokens` inputs of a layer."""
+
+    H: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Damped H (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping used, inputs that were never active."""
+
+    H: Tensor
+    C: Tensor
+    damping: float
+    dead: int
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized matrix: W_hat = scale[:, None] * codebook.decode(index).
+
+    index: int64 [out, n / d]; scale: fp32 [out]; target: fp32 [out, n], what each vector was rounded from, in units of
+    the scale (the weight plus carried error: where latents start); loss: fp64 [out], the proxy loss of each row.
+    """
+
+    codebook: Codebook
+    index: Tensor
+    scale: Tensor
+    target: Tensor
+    loss: Tensor
+
+    def weight(self) -> Tensor:
+        """W_hat, fp32 [out, n]."""
+        return self.codebook.decode(self.index).flatten(1) * self.scale[:, None]
+
+
+def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Moments]:
+    """Run token batches [B, T] through the model; return the second moments of each named layer's inputs.
+
+    Layers that are fed the same tensor (query, key and value, say) share one matrix. Raises ValueError when the batches
+    are empty or an input is not finite, naming the layer.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    shared: dict[str, str] = {}  # layer -> the layer whose matrix it uses
+    latest: list = [None, ""]  # the last input seen and who counted it
+
+    def hook(name: str):
+        def count(module: nn.Module, args: tuple) -> None:
+            if args[0] is latest[0] and shared.get(name, latest[1]) == latest[1]:
+                shared[name] = latest[1]
+                return
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
+            product = x.T @ x
+            sums[name] = sums[name] + product if name in sums else product
+            tokens[name] = tokens.get(name, 0) + len(x)
+            latest[:] = args[0], name
+
+        return count
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    for name in layers:
+        source = shared.get(name, name)
+        if source not in sums:
+            raise ValueError(f"no input reached layer {name!r}: give at least one batch, and only layers the model uses")
+        if not torch.isfinite(sums[source]).all():
+            raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and its dtype")
+    return {name: Moments(sums[s] / tokens[s], tokens[s]) for name in layers for s in (shared.get(name, name),)}
+
+
+def factorize(H: Tensor, damping: float = 0.01) -> Factor:
+    """Damp H [n, n] and factor it, raising the damping tenfold as often as needed."""
+    H = H.double()
+    if not torch.isfinite(H).all():
+        raise ValueError("second moments hold NaN or infinity: check the calibration text and the model's weights")
+    dead = H.diagonal() <= 0
+    mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
+    H = H + torch.diag(dead * mean)
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    while True:
+        damped = H + damping * mean * eye
+        C, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.isfinite(C).all():
+            return Factor(damped.float(), C, damping, int(dead.sum()))
+        damping = max(10 * damping, 1e-6)
+
+
+def proxy_loss(error: Tensor, H: Tensor) -> Tensor:
+    """Each row's e H e^T: error [out, n], H [n, n] -> fp64 [out]."""
+    return ((error @ H) * error).double().sum(1)
+
+
+def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Nearest codeword to each vector: W [out, n], scale [out] -> index [out, n/d], target [out, n] = W / scale."""
+    target = W / scale[:, None]
+    return codebook.encode(target.reshape(-1, codebook.dim)).view(len(W), -1), target
+
+
+def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
+    rows, n = W.shape
+    d, words = codebook.dim, codebook.codewords()
+    L, metric = _feedback_of(factor.C, d)
+    unit = (W / scale[:, None]).T.contiguous()  # [n, out], in units of the scale: a vector's coordinates are rows
+    target, error = unit.clone(), torch.empty_like(unit)
+    index = torch.empty(n // d, rows, dtype=torch.long, device=W.device)
+    whole = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
+    for end in range(n, 0, -whole):
+        start = max(0, end - whole)
+        for k in range(end - d, start - 1, -d):
+            here = slice(k, k + d)
+            index[k // d] = codebook.encode(target[here].T, metric[k // d])
+            error[here] = unit[here] - F.embedding(index[k // d], words).T
+            target[start:k].addmm_(L[here, start:k].T, error[here])
+        target[:start].addmm_(L[start:end, :start].T, error[start:end])
+    return index.T.contiguous(), target.T.contiguous()
+
+
+def _feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """From the Cholesky factor C [n, n]: feedback L (fp32 [n, n]) and the metric of each vector (fp32 [n/d, d, d])."""
+    n = len(C)
+    blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, n, d)])
+    L = torch.cat([C[:, k : k + d] @ inverse for k, inverse in zip(range(0, n, d), torch.linalg.inv(blocks))], dim=1)
+    return L.float(), (blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]).float()
+
+
+def round_matrix(W: Tensor, factor: Factor, codebook: Codebook, feedback: bool = True) -> Rounded:
+    """Quantize W [out, n] row by row at the best of SCALE_FACTORS, by plain rounding and (if asked) with feedback."""
+    rms = W.square().mean(1).sqrt()
+    rms = torch.where(rms > 0, rms, torch.ones_like(rms))  # a row of zeros may have any scale
+    best: Rounded | None = None
+    for method in (plain_round, feedback_round) if feedback else (plain_round,):
+        for share in SCALE_FACTORS:
+            scale = share * rms
+            args = (factor,) if method is feedback_round else ()
+            index, target = method(W, scale, codebook, *args)
+            loss = proxy_loss(codebook.decode(index).flatten(1) * scale[:, None] - W, factor.H)
+            best = _better_rows(best, Rounded(codebook, index, scale, target, loss))
+    return best
+
+
+def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
+    if best is None:
+        return other
+    win = other.loss < best.loss
+
+    def pick(name: str) -> Tensor:
+        ours, theirs = getattr(best, name), getattr(other, name)
+        return torch.where(win.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+
+    return Rounded(other.codebook, *(pick(name) for name in ("index", "scale", "target", "loss")))
+
+
+def refit(W: Tensor, rounded: Rounded, H: Tensor) -> AffineCodebook:
+    """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
+
+    The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (j = k: ones),
+    H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
+    normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
+    """
+    book = rounded.codebook
+    d, k = book.A.shape
+    q = digits_of(rounded.index, k, book.levels)
+    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * rounded.scale[:, None, None]  # [out, n/d, k+1]
+    groups = W.shape[1] // d
+    S = torch.einsum("ogj,ohl->jlgh", Z, Z).reshape((k + 1) ** 2, -1)
+    parts = H.reshape(groups, d, groups, d).permute(1, 3, 0, 2).reshape(d * d, -1)
+    normal = (S @ parts.T).double().view(k + 1, k + 1, d, d).permute(2, 0, 3, 1).reshape(d * (k + 1), -1)
+    right = torch.einsum("ogj,ogi->ij", Z, (W @ H).view(len(W), groups, d)).double().flatten()
+    ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64, device=W.device)
+    theta = torch.linalg.solve(normal + ridge, right).view(d, k + 1).float()
+    return AffineCodebook(theta[:, :k].contiguous(), theta[:, k].contiguous(), book.levels)

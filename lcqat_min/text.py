@@ -1,0 +1,325 @@
+"""Text to train on, to calibrate on and to be judged on, without a download.
+
+Quantization needs three things of a corpus: batches to train on, a few windows to calibrate on, and text
+that neither has seen, to measure perplexity. Every reader of this project already owns such a corpus: the
+docstrings of the packages it installs, those of the standard library, and the language reference that
+`help()` shows (`pydoc_data.topics`). Some ten million tokens of technical English and code; no network, no
+licence question.
+
+    source code --ast--> docstrings --sha256--> train 96 %, validation 2 %, test 2 % --tokenizer--> ids [T]
+
+Two rules make the numbers trustworthy:
+
+* A document goes to its split by a hash of its own text. Equal texts meet in one split (and are kept once),
+  so nothing of validation or test is in train, and a new version of a package moves only the documents it
+  changed.
+* Documents are ordered by that hash, so the same texts give the same ids on every file system.
+
+Source is parsed, never imported: reading somebody's documentation must not run their code.
+
+What it gives up: docstrings of one package resemble each other (near-duplicates are not removed), so this
+validation text is easier than one of another field would be; and perplexities of readers with other package
+versions differ a little. Compare two models on one machine, or use "wikitext2", the same for everyone.
+
+    splits = load_text("docstrings", tokenizer)     # or "wikitext2", or the path of a text file or folder
+    splits.train                                    # LongTensor [T], documents joined by the end-of-text id
+"""
+
+import ast
+import gc
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import LongTensor
+
+PACKAGES = tuple(
+    "torch numpy scipy sympy networkx pandas matplotlib transformers datasets tokenizers safetensors "
+    "huggingface_hub accelerate pyarrow mpmath PIL fontTools setuptools pydantic IPython jedi jinja2 "
+    "hypothesis rich requests fsspec".split()
+)
+SPLITS = ("train", "validation", "test")
+MIN_CHARS = 100  # a docstring shorter than this is a label, not a text
+PIECE_CHARS = 1000  # a local file is cut at blank lines into pieces of at least this length
+MIN_SPLIT_TOKENS = 256  # one window of the usual length
+FORMAT = 1  # part of the cache key: raise it when reading or splitting changes
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "_vendor"}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint texts as token ids: 1-D LongTensors, documents joined by the end-of-text id."""
+
+    train: LongTensor
+    validation: LongTensor
+    test: LongTensor
+    source: str
+
+
+def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Splits:
+    """Token ids of a corpus, split into train, validation and test.
+
+    Args:
+        source: "docstrings" (offline), "wikitext2" (needs a download once), or the path of a text file or of
+            a folder of .txt and .md files.
+        tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
+        cache_dir: where ids of the named sources are kept. Default: $LCQAT_CACHE, else
+            $XDG_CACHE_HOME/lcqat-min, else ~/.cache/lcqat-min. Local files are read anew each time.
+
+    Raises:
+        ValueError: unknown source, too little text, or a tokenizer without end-of-text token.
+        RuntimeError: "wikitext2" can be neither found nor fetched.
+    """
+    source = str(source)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
+    if source not in ("docstrings", "wikitext2"):
+        return _tokenize(source, tokenizer)
+    folder = Path(cache_dir) if cache_dir is not None else default_cache()
+    path = folder / f"{source}-{_fingerprint(source, tokenizer)}.safetensors"
+    return _cached(path, source, lambda: _tokenize(source, tokenizer))
+
+
+def documents(source: str) -> dict[str, list[str]]:
+    """The texts behind `load_text`, by split; train a tokenizer on documents(source)["train"] alone."""
+    if source == "docstrings":
+        return split_by_hash(_docstrings())
+    if source == "wikitext2":
+        return _wikitext2()
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"unknown text source {source!r}: accepted are 'docstrings', 'wikitext2', or the path of an "
+            "existing text file or folder of .txt and .md files"
+        )
+    return split_by_hash(_local_pieces(path))
+
+
+def split_by_hash(texts: list[str]) -> dict[str, list[str]]:
+    """Deal texts to the splits (96/2/2 %) by their sha256, each text once, ordered by the hash."""
+    by_hash = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts}
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for digest in sorted(by_hash):
+        # The digest's end, because its beginning is the sorting key.
+        name = {0: "validation", 1: "test"}.get(int(digest[-8:], 16) % 50, "train")
+        splits[name].append(by_hash[digest])
+    return splits
+
+
+# ----------------------------------------------------------------------------------------------- sources
+
+
+def docstrings_of(source: bytes | str) -> list[str]:
+    """Docstrings of a module and of the classes and functions in it, dedented; [] if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            todo: list[ast.AST] = [ast.parse(source)]
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    found = []
+    while todo:
+        node = todo.pop()
+        found.append(ast.get_docstring(node, clean=True) or "")
+        todo += [n for n in node.body if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    # A tokenizer cannot encode one half of a surrogate pair, which a string literal may hold.
+    return [text.encode("utf-8", "ignore").decode() for text in found if text]
+
+
+def topics_of(source: bytes | str) -> list[str]:
+    """The string constants of a module; those of `pydoc_data.topics` are the language reference."""
+    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return [inspect.cleandoc(value) for value in values if isinstance(value, str)]
+
+
+def python_files(root: Path) -> list[Path]:
+    """The .py files below `root`, without tests and vendored copies."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        found += [Path(folder) / name for name in names if name.endswith(".py")]
+    return found
+
+
+def _package_folders() -> list[Path]:
+    """The standard library and those of PACKAGES that are installed."""
+    specs = [importlib.util.find_spec(name) for name in PACKAGES]  # a top-level name: imports nothing
+    folders = [folder for spec in specs if spec for folder in spec.submodule_search_locations or []]
+    return [Path(sysconfig.get_paths()["stdlib"]), *map(Path, folders)]
+
+
+def _docstrings() -> list[str]:
+    from tqdm.auto import tqdm
+
+    files = [path for folder in _package_folders() for path in python_files(folder)]
+    texts = []
+    was_on = gc.isenabled()
+    gc.disable()  # syntax trees hold no cycles, and looking for some takes a third of the time
+    try:
+        for path in tqdm(files, desc="reading docstrings", unit=" files", disable=_quiet()):
+            try:
+                source = path.read_bytes()
+            except OSError:  # a dangling link, or a file of somebody else's
+                continue
+            texts += topics_of(source) if path.match("pydoc_data/topics.py") else docstrings_of(source)
+    finally:
+        if was_on:
+            gc.enable()
+    return [text for text in texts if len(text) >= MIN_CHARS]
+
+
+def _local_pieces(path: Path) -> list[str]:
+    """A file or folder, cut at blank lines into pieces of PIECE_CHARS or more but for the last of a file."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+    pieces = []
+    for file in files:
+        piece = ""
+        for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="ignore")):
+            piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+            if len(piece) >= PIECE_CHARS:
+                pieces.append(piece)
+                piece = ""
+        pieces.append(piece)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _wikitext2() -> dict[str, list[str]]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    except Exception as error:  # offline, timeout, proxy, missing, ...: the remedy is the same
+        raise RuntimeError(
+            f"WikiText-2 is not in the cache of `datasets` and cannot be downloaded ({type(error).__name__}: "
+            f"{error}). Use source='docstrings', which needs no network, or the path of a local text file."
+        ) from error
+    return {name: ["\n\n".join(data[name]["text"])] for name in SPLITS}
+
+
+# ------------------------------------------------------------------------------------- token ids and cache
+
+
+def _tokenize(source: str, tokenizer) -> Splits:
+    texts = documents(source)
+    ids = {name: encode(texts[name], tokenizer, name) for name in SPLITS}
+    if min(map(len, ids.values())) < MIN_SPLIT_TOKENS:
+        got = ", ".join(f"{len(t)} for {name}" for name, t in ids.items())
+        raise ValueError(
+            f"too little text in {source!r}: got {got} tokens, and each needs at least {MIN_SPLIT_TOKENS}. "
+            "Validation and test get 2 % each, so give 100 000 characters or more, with blank lines to cut at"
+        )
+    return Splits(**ids, source=source)
+
+
+def encode(texts: list[str], tokenizer, name: str = "text") -> LongTensor:
+    """Token ids [T] of documents joined by the tokenizer's end-of-text id."""
+    from tqdm.auto import tqdm
+
+    ids: list[int] = []
+    for start in tqdm(range(0, len(texts), 1000), desc=f"tokenizing {name}", leave=False, disable=_quiet()):
+        chunk = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
+        for document in chunk:
+            ids += [*document, tokenizer.eos_token_id]
+    return torch.tensor(ids[:-1], dtype=torch.long)
+
+
+def default_cache() -> Path:
+    """$LCQAT_CACHE, else $XDG_CACHE_HOME/lcqat-min, else ~/.cache/lcqat-min."""
+    if os.environ.get("LCQAT_CACHE"):
+        return Path(os.environ["LCQAT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcqat-min"
+
+
+def _fingerprint(source: str, tokenizer) -> str:
+    """What the ids depend on, as 16 hex digits: tokenizer, versions of packages and of Python, format."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    versions = []
+    if source == "docstrings":
+        owners = importlib.metadata.packages_distributions()  # import name -> names on the package index
+        installed = sorted({owner for name in PACKAGES for owner in owners.get(name, [])})
+        versions = [(name, importlib.metadata.version(name)) for name in installed] + [sys.version_info[:3]]
+    key = json.dumps([FORMAT, source, versions, tokenizer.eos_token_id, vocabulary])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _cached(path: Path, source: str, build: Callable[[], Splits]) -> Splits:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    if path.exists():
+        try:
+            tensors = load_file(path)
+            return Splits(**{name: tensors[name].long() for name in SPLITS}, source=source)
+        except (SafetensorError, KeyError, OSError) as error:
+            print(f"note: cannot read the cached text {path} ({error}); building it anew", file=sys.stderr)
+    splits = build()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({name: getattr(splits, name).int() for name in SPLITS}, temporary)
+    os.replace(temporary, path)
+    return splits
+
+
+def _quiet() -> bool:
+    return os.environ.get("LCQAT_QUIET") == "1"
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def windows(ids: LongTensor, window: int) -> LongTensor:
+    """Cut ids [T] into non-overlapping windows [T // window, window]; the remainder is dropped."""
+    if window < 1 or ids.dim() != 1 or len(ids) < window:
+        raise ValueError(
+            f"cannot cut ids of shape {tuple(ids.shape)} into windows of {window} tokens: needed are 1-D ids "
+            "and 1 <= window <= number of ids; use a longer text or a shorter window"
+        )
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
+def batches(
+    ids: LongTensor, window: int, batch_size: int, generator: torch.Generator
+) -> Iterator[LongTensor]:
+    """Endless batches [batch_size, window]: an epoch shows each window at most once, in a new random order.
+
+    The last windows of an epoch that fill no batch are dropped; the next epoch's order brings others there.
+    """
+    rows = windows(ids, window)
+    if not 1 <= batch_size <= len(rows):
+        raise ValueError(
+            f"cannot draw batches of {batch_size} windows: the text holds {len(rows)} windows of {window} "
+            "tokens; use a batch_size between 1 and that, a shorter window or a longer text"
+        )
+
+    def endless() -> Iterator[LongTensor]:
+        while True:
+            order = torch.randperm(len(rows), generator=generator)
+            for start in range(0, len(rows) - batch_size + 1, batch_size):
+                yield rows[order[start : start + batch_size]]
+
+    return endless()  # an inner generator, so that bad arguments fail here and not at the first next()
+
+
+def sample_windows(ids: LongTensor, count: int, window: int, generator: torch.Generator) -> LongTensor:
+    """`count` distinct, random, non-overlapping windows [count, window]: calibration data."""
+    rows = windows(ids, window)
+    if not 1 <= count <= len(rows):
+        raise ValueError(
+            f"cannot draw {count} distinct windows: the text holds {len(rows)} windows of {window} tokens; "
+            "use a count between 1 and that, a shorter window or a longer text"
+        )
+    return rows[torch.randperm(len(rows), generator=generator)[:count]]

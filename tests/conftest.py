@@ -1,0 +1,58 @@
+"""What all tests share: no network, no GPU, quiet, few threads, small random models of two kinds."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Set before the first import of triton, transformers or datasets, which read them once.
+os.environ["LCQAT_QUIET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # on the CPU; set it to 0 to test on a GPU
+
+torch.set_num_threads(2)
+
+# Derandomized: a failure is a change of the code, never of the luck.
+settings.register_profile("lcqat", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile("lcqat")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A fresh CPU generator, seeded the same for every test."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., torch.nn.Module]:
+    """`tiny_llama(seed=0)`: a new random Llama: vocabulary 97, 2 layers of width 32, tied, no biases."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
+    )
+    return lambda seed=0: _seeded(LlamaForCausalLM, config, seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., torch.nn.Module]:
+    """`tiny_gpt2(seed=0)`: a new random GPT-2 of that size: Conv1D weights, biases, tied, no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_inner=48, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )
+    return lambda seed=0: _seeded(GPT2LMHeadModel, config, seed)
+
+
+def _seeded(model_class: type, config: object, seed: int) -> torch.nn.Module:
+    """A float32 model in training mode; its weights are large enough for every layer to move the logits."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).float().train()
