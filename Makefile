@@ -47,8 +47,8 @@ test: $(READY)  ## run the unit tests, then every notebook
 	  $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/; \
 	fi
 
-bench: $(READY)  ## time the layers and kernels
-	$(PY) scripts/bench.py $(ARGS)
+bench: $(READY)  ## measure what training costs on this CPU, in ratios
+	$(PY) scripts/bench_cpu.py $(ARGS)
 
 figures: $(READY)  ## draw the figures again from results/
 	$(PY) scripts/figures.py

@@ -1,29 +1,31 @@
 """Calibration and rounding with error feedback: the post-training start.
 
-A layer y = W x is quantized so that its *output* changes least. With the second moment of its inputs, H = E[x x^T]
-([n, n], fp64, estimated on a few thousand tokens), the mean squared change of the output is the proxy loss
+A layer y = W x is quantized so that its *output* changes least. With the second moment of its inputs,
+H = E[x x^T] ([n, n], fp64, estimated on a few thousand tokens), the mean squared change of the output is the
+proxy loss
 
-    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )              one term a row: rows do not interact
+    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )          one term a row: rows do not interact
 
-Plain rounding ignores that errors in correlated inputs can cancel. Feedback rounding (LDLQ in QuIP#, OPTQ/GPTQ for
-vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lower triangular), cut it in blocks of d columns, and
-go from the last vector of columns to the first:
+Plain rounding ignores that errors in correlated inputs can cancel. Feedback rounding (LDLQ in QuIP#,
+OPTQ/GPTQ for vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lower triangular), cut it in
+blocks of d columns, and go from the last vector of columns to the first:
 
-    t_k     = W_k + sum_{j>k} (W_j - W_hat_j) L_jk           L_jk = C_jk C_kk^-1      the target: weight + carried error
+    t_k     = W_k + sum_{j>k} (W_j - W_hat_j) L_jk           weight + carried error, L_jk = C_jk C_kk^-1
     W_hat_k = nearest codeword to t_k in the metric C_kk     i.e. least | C_kk^T (t_k - W_hat_k) |^2
 
-Then loss = sum_k | C_kk^T (t_k - W_hat_k) |^2 exactly: what is left over is each vector's own rounding error. The
-metric matters for d > 1: the nearest codeword in plain distance is not the one of least loss.
+Then loss = sum_k | C_kk^T (t_k - W_hat_k) |^2 exactly: what is left over is each vector's own rounding error.
+The metric matters for d > 1: the nearest codeword in plain distance is not the one of least loss.
 
-The sums are carried in blocks of FEEDBACK_BLOCK columns, so that almost all work is matrix products. For each row,
-several scales are tried, with and without feedback, and the best is kept: feedback never loses to plain rounding.
+The sums are carried in blocks of FEEDBACK_BLOCK columns, so that almost all work is matrix products. For each
+row, several scales are tried, with and without feedback, and the best is kept: feedback never loses to plain
+rounding.
 
-H is damped (H + damping * mean(diag H) * I); when it is still not positive definite (fewer tokens than inputs, doubled
-channels) the damping rises tenfold until it is, and the value used is reported. An input that was never active (H_ii
-= 0) gets the mean diagonal: its weights are rounded by themselves.
+H is damped (H + damping * mean(diag H) * I); when it is still not positive definite (fewer tokens than
+inputs, doubled channels) the damping rises tenfold until it is, and the value used is reported. An input that
+was never active (H_ii = 0) gets the mean diagonal of the others: its weights are rounded by themselves.
 
-Gives up: the codes are found greedily, once, vector by vector; second moments come from the unquantized model, so a
-layer does not make up for the errors of earlier layers. Training does both.
+Gives up: the codes are found greedily, once, vector by vector; second moments come from the unquantized
+model, so a layer does not make up for the errors of earlier layers. Training does both.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from torch.nn import functional as F
 from .codebook import AffineCodebook, Codebook, digits_of
 
 FEEDBACK_BLOCK = 128
-SCALE_FACTORS = tuple(0.70 + 0.05 * step for step in range(10))  # of a row's root mean square: 0.70 ... 1.15
+SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
+SCALE_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1)  # of a row's root mean square: the first round of candidates
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Factor:
-    """Damped H (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping used, inputs that were never active."""
+    """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
 
     H: Tensor
     C: Tensor
@@ -63,8 +66,9 @@ class Factor:
 class Rounded:
     """A quantized matrix: W_hat = scale[:, None] * codebook.decode(index).
 
-    index: int64 [out, n / d]; scale: fp32 [out]; target: fp32 [out, n], what each vector was rounded from, in units of
-    the scale (the weight plus carried error: where latents start); loss: fp64 [out], the proxy loss of each row.
+    index: int64 [out, n / d]; scale: fp32 [out]; target: fp32 [out, n], what each vector was rounded from, in
+    units of the scale (the weight plus carried error: where latents start); loss: fp64 [out], the proxy loss
+    of each row under the damped H.
     """
 
     codebook: Codebook
@@ -78,11 +82,13 @@ class Rounded:
         return self.codebook.decode(self.index).flatten(1) * self.scale[:, None]
 
 
-def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Moments]:
+def second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
+) -> dict[str, Moments]:
     """Run token batches [B, T] through the model; return the second moments of each named layer's inputs.
 
-    Layers that are fed the same tensor (query, key and value, say) share one matrix. Raises ValueError when the batches
-    are empty or an input is not finite, naming the layer.
+    Layers that are fed the same tensor (query, key and value, say) share one matrix. Raises ValueError with
+    the layer's name when no input reached it (no batches, or the model does not use it) or one is not finite.
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
@@ -116,17 +122,23 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
     for name in layers:
         source = shared.get(name, name)
         if source not in sums:
-            raise ValueError(f"no input reached layer {name!r}: give at least one batch, and only layers the model uses")
+            raise ValueError(
+                f"no input reached layer {name!r}: give at least one batch, and only layers the model uses"
+            )
         if not torch.isfinite(sums[source]).all():
-            raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and its dtype")
-    return {name: Moments(sums[s] / tokens[s], tokens[s]) for name in layers for s in (shared.get(name, name),)}
+            raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
+    moments = {name: Moments(total / tokens[name], tokens[name]) for name, total in sums.items()}
+    return {name: moments[shared.get(name, name)] for name in layers}
 
 
 def factorize(H: Tensor, damping: float = 0.01) -> Factor:
-    """Damp H [n, n] and factor it, raising the damping tenfold as often as needed."""
+    """Damp H [n, n] and factor it, raising the damping tenfold as often as needed.
+
+    Raises ValueError for NaN or infinity in H.
+    """
     H = H.double()
     if not torch.isfinite(H).all():
-        raise ValueError("second moments hold NaN or infinity: check the calibration text and the model's weights")
+        raise ValueError("second moments hold NaN or infinity: check the calibration text and the weights")
     dead = H.diagonal() <= 0
     mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
     H = H + torch.diag(dead * mean)
@@ -145,7 +157,7 @@ def proxy_loss(error: Tensor, H: Tensor) -> Tensor:
 
 
 def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """Nearest codeword to each vector: W [out, n], scale [out] -> index [out, n/d], target [out, n] = W / scale."""
+    """Nearest codewords: W [out, n], scale [out] -> index [out, n/d], target [out, n] = W / scale."""
     target = W / scale[:, None]
     return codebook.encode(target.reshape(-1, codebook.dim)).view(len(W), -1), target
 
@@ -155,7 +167,7 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
     rows, n = W.shape
     d, words = codebook.dim, codebook.codewords()
     L, metric = _feedback_of(factor.C, d)
-    unit = (W / scale[:, None]).T.contiguous()  # [n, out], in units of the scale: a vector's coordinates are rows
+    unit = (W / scale[:, None]).T.contiguous()  # [n, out], units of the scale: a vector is d rows
     target, error = unit.clone(), torch.empty_like(unit)
     index = torch.empty(n // d, rows, dtype=torch.long, device=W.device)
     whole = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
@@ -171,26 +183,43 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
 
 
 def _feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """From the Cholesky factor C [n, n]: feedback L (fp32 [n, n]) and the metric of each vector (fp32 [n/d, d, d])."""
-    n = len(C)
-    blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, n, d)])
-    L = torch.cat([C[:, k : k + d] @ inverse for k, inverse in zip(range(0, n, d), torch.linalg.inv(blocks))], dim=1)
+    """Cholesky factor C [n, n] -> feedback L (fp32 [n, n]), the metric of each vector (fp32 [n/d, d, d])."""
+    blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, len(C), d)])
+    columns = zip(C.split(d, dim=1), torch.linalg.inv(blocks), strict=True)
+    L = torch.cat([column @ inverse for column, inverse in columns], dim=1)
     return L.float(), (blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]).float()
 
 
-def round_matrix(W: Tensor, factor: Factor, codebook: Codebook, feedback: bool = True) -> Rounded:
-    """Quantize W [out, n] row by row at the best of SCALE_FACTORS, by plain rounding and (if asked) with feedback."""
-    rms = W.square().mean(1).sqrt()
-    rms = torch.where(rms > 0, rms, torch.ones_like(rms))  # a row of zeros may have any scale
+def round_matrix(
+    W: Tensor, factor: Factor, codebook: Codebook, scales: Iterable[Tensor], feedback: bool = True
+) -> Rounded:
+    """Quantize W [out, n], each row at the one of `scales` (fp32 [out] each) of least proxy loss.
+
+    Rounds plainly and, if asked, with feedback: as plain rounding is among the candidates, feedback never
+    loses to it. Raises ValueError where W, the second moments and the codebook do not fit together, or
+    where W holds NaN or infinity.
+    """
+    n, d = W.shape[1], codebook.dim
+    if n % d or len(factor.H) != n:
+        raise ValueError(
+            f"round_matrix: rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights. "
+            "The first two must be equal and a multiple of the third: pad both with zeros."
+        )
+    if not torch.isfinite(W).all():
+        raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
     best: Rounded | None = None
-    for method in (plain_round, feedback_round) if feedback else (plain_round,):
-        for share in SCALE_FACTORS:
-            scale = share * rms
-            args = (factor,) if method is feedback_round else ()
-            index, target = method(W, scale, codebook, *args)
+    for scale in scales:
+        for method in (plain_round, feedback_round) if feedback else (plain_round,):
+            index, target = method(W, scale, codebook, *((factor,) if method is feedback_round else ()))
             loss = proxy_loss(codebook.decode(index).flatten(1) * scale[:, None] - W, factor.H)
             best = _better_rows(best, Rounded(codebook, index, scale, target, loss))
     return best
+
+
+def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
+    """Candidates for `round_matrix`: `factors` times each row's root mean square, at least SMALLEST_SCALE."""
+    rms = W.square().mean(1).sqrt()
+    return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
 
 
 def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
@@ -208,8 +237,8 @@ def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
 def refit(W: Tensor, rounded: Rounded, H: Tensor) -> AffineCodebook:
     """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
 
-    The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (j = k: ones),
-    H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
+    The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (ones
+    for j = k), H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
     normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
     book = rounded.codebook

@@ -8,16 +8,17 @@
     H, s     block-Hadamard matrices and fixed random signs; absent when not rotated (rotate.py)
     c        col_scale [in], in the basis of the inputs; learned
 
-LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* H_out; ours sits inside, so that each row of codes has a
-scale of its own from the start. What is learned, by kind of layer:
+LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* H_out; ours sits inside, so that each row of
+codes has a scale of its own from the start. What is learned, by kind of layer:
 
     AffineLinear  latents [out, n k / d] (fp32) round to digits q, surrogate gradient; r, c, A, b
-    StepLinear    latents [out, in] are weights; q = round(w / r), so r is a learned step size (LSQ; ParetoQ's SEQ grid)
+    StepLinear    latents [out, in] are weights; q = round(w / r): r is a learned step (LSQ; ParetoQ's grid)
     TableLinear   codes frozen, the table learned: what a lookup leaves to train
 
-All of rotation and scales acts on the weight, not on the activations: with many tokens a step that costs less time and
-keeps less memory (about 1.15 against 1.31 of a plain training step on a small model). Inputs that do not fill a last
-vector are padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also under autocast.
+All of rotation and scales acts on the weight, not on the activations: with many tokens a step that costs less
+time and keeps less memory (about 1.15 against 1.31 of a plain training step on a small model). Inputs that do
+not fill a last vector are padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also
+under autocast.
 
 Gives up: each forward writes the dense weight. For inference from packed codes that is not needed.
 """
@@ -61,8 +62,8 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """W_hat, fp32 [out, in], with gradient."""
         if self.row_scale.dtype != torch.float32:
-            raise TypeError(f"a quantized layer trains in float32; its parameters are {self.row_scale.dtype}. "
-                            "Use torch.autocast for speed instead of model.half() or model.bfloat16().")
+            raise TypeError(f"a quantized layer works in float32; its parameters are {self.row_scale.dtype}. "
+                            "For speed use torch.autocast instead of model.half() or model.bfloat16().")
         with torch.autocast(self.row_scale.device.type, enabled=False):
             W = self.decoded()[:, : self.in_features] * self.row_scale[:, None]
             if self.signs_out is not None:
@@ -73,17 +74,17 @@ class QuantLinear(nn.Module):
             return W * self.col_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x."""
+        """x [..., in] -> [..., out] in the dtype of x, or of autocast where that is on."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
-        rotated = [side for side, signs in (("in", self.signs_in), ("out", self.signs_out)) if signs is not None]
-        return f"in={self.in_features}, out={self.out_features}, rotated={'+'.join(rotated) or 'no'}"
+        sides = [side for side in ("in", "out") if getattr(self, f"signs_{side}") is not None]
+        return f"in={self.in_features}, out={self.out_features}, rotated={'+'.join(sides) or 'no'}"
 
 
 class AffineLinear(QuantLinear):
-    """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels) and bit-planes (2 levels)."""
+    """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels), bit-planes (2 levels)."""
 
     def __init__(self, in_features: int, out_features: int, rounded: Rounded, bias: Tensor | None,
                  signs_in: Tensor | None, signs_out: Tensor | None, estimator: str, learn_codebook: bool,
@@ -119,15 +120,14 @@ class AffineLinear(QuantLinear):
 class StepLinear(QuantLinear):
     """Four uniform levels and a learned step a row: q = clip(round(w / r + 3/2), 0, 3) - 3/2, w_hat = r q.
 
-    Autograd with the clipped straight-through gradient gives LSQ's d w_hat / d r = q - w/r inside the grid and +-3/2
-    outside. In ParetoQ's units (arXiv 2502.02631, SEQ) alpha = 2 r: levels +-alpha/4, +-3 alpha/4.
+    Autograd with the clipped straight-through gradient gives LSQ's d w_hat / d r = q - w/r inside the grid
+    and +-3/2 outside. In ParetoQ's units (arXiv 2502.02631, SEQ) alpha = 2 r: levels +-alpha/4, +-3 alpha/4.
     """
 
     def __init__(self, in_features: int, out_features: int, rounded: Rounded, bias: Tensor | None,
                  signs_in: Tensor | None, signs_out: Tensor | None):
         super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
-        self.latent = nn.Parameter(starting_latents(rounded).flatten(1) - 1.5)
-        self.latent.data *= rounded.scale[:, None]
+        self.latent = nn.Parameter((starting_latents(rounded).flatten(1) - 1.5) * rounded.scale[:, None])
 
     def decoded(self) -> Tensor:
         return round_to_levels(self.latent / self.row_scale[:, None] + 1.5, 3, "clipped") - 1.5
@@ -155,12 +155,13 @@ class TableLinear(QuantLinear):
 
 
 def starting_latents(rounded: Rounded, on_codes: bool = False) -> Tensor:
-    """Latents that round to `rounded.index`: fp32 [out, vectors, k], in bins (4 levels: 0..3; 2 levels: -1, +1).
+    """Latents that round to `rounded.index`: fp32 [out, vectors, k], in bins (4 levels: 0..3; 2: -1, +1).
 
-    on_codes: exactly on the digits, as LC-QAT's release does. Otherwise each latent also keeps what rounding threw
-    away. With the residual e = target - w_hat, flipping bit q_k changes the squared error by
-    4 |a_k|^2 q_k (q_k + a_k^T e / |a_k|^2), so  v = q + A^T e / |a|^2  is a bit's margin: it is 0 where a flip would
-    cost nothing and 1 where the target sits on the codeword. For a scalar grid it is the unrounded weight in bins.
+    on_codes: exactly on the digits, as LC-QAT's release does. Otherwise each latent also keeps what rounding
+    threw away. With the residual e = target - w_hat, flipping bit q_k changes the squared error by
+    4 |a_k|^2 q_k (q_k + a_k^T e / |a_k|^2), so  v = q + A^T e / |a|^2  is a bit's margin: q_k v_k is 0 where
+    a flip would cost nothing and 1 where the target sits on the codeword. For a scalar grid v is the
+    unrounded weight in bins. Both as far as the bin reaches: v stays inside, so that it rounds to its code.
     """
     book = rounded.codebook
     k = book.A.shape[1]
@@ -170,4 +171,5 @@ def starting_latents(rounded: Rounded, on_codes: bool = False) -> Tensor:
         return q + centre
     half_bin = (1.0 if book.levels == 2 else 0.5) * (1 - MARGIN)
     e = rounded.target.view(*rounded.index.shape, book.dim) - book.decode(rounded.index)
-    return q + centre + (e @ book.A / book.A.square().sum(0)).clamp(-half_bin, half_bin)
+    norm = book.A.square().sum(0).clamp(min=1e-12)  # a matrix of zeros is fitted by columns of zeros
+    return q + centre + (e @ book.A / norm).clamp(-half_bin, half_bin)

@@ -1,22 +1,24 @@
 """Block-Hadamard rotation with random signs: spread outliers before rounding, and undo it exactly after.
 
-A rotation of a vector x in R^n is R x = H (s * x): flip signs by s in {-1, +1}^n, then mix each block of B = 2^p
-coordinates by the orthonormal Sylvester-Hadamard matrix H_B (entries +-1/sqrt(B), symmetric, its own inverse).
+A rotation of a vector x in R^n is R x = H (s * x): flip signs by s in {-1, +1}^n, then mix each block of
+B = 2^p coordinates by the orthonormal Sylvester-Hadamard matrix H_B (entries +-1/sqrt(B), symmetric, its own
+inverse).
 
     H_1 = [1]        H_2B = 1/sqrt(2) [ H_B   H_B ]
                                       [ H_B  -H_B ]
 
-One large weight becomes B weights of 1/sqrt(B) its size, so a 4-level grid no longer has to stretch to reach it. Both
-sides of a layer y = W x can be rotated; in the rotated basis the weight is
+One large weight becomes B weights of 1/sqrt(B) its size, so a 4-level grid no longer has to stretch to reach
+it. Both sides of a layer y = W x can be rotated; in the rotated basis the weight is
 
     W_r = H_out (s_out * W * s_in) H_in          W = s_out * (H_out W_r H_in) * s_in
 
 (QuIP#, UniSVQ; LC-QAT's release fixes B = 128.) B is the largest power of two that divides the width, at most
 MAX_BLOCK. An odd width has B = 1: nothing is mixed and only signs flip.
 
-Here rotations act on the *weight*, by a matmul with a small +-1 matrix: for many tokens and a small model that is
-cheaper than rotating activations, and it keeps less for backward. What it gives up: after mixing, weights are close to
-independent and normal, so any correlation between columns that a learned map A could have used is gone.
+Here rotations act on the *weight*, by a matmul with a small +-1 matrix: for many tokens and a small model
+that is cheaper than rotating activations, and it keeps less for backward. What it gives up: after mixing,
+weights are close to independent and normal, so hardly any correlation within a vector of weights is left for
+a learned A.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ def block_of(width: int) -> int:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # kept across calls: an evaluation must not leave one that training cannot use
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix [size, size]. `size`: a power of two, else ValueError. Do not write to it."""
+    """Orthonormal Sylvester-Hadamard matrix [size, size], shared by all callers: do not write to it.
+
+    Raises ValueError where `size` is not a power of two.
+    """
     if size < 1 or size & (size - 1):
-        raise ValueError(f"a Sylvester-Hadamard matrix has a power of two rows; got {size}. Use block_of(width).")
+        raise ValueError(f"a Sylvester-Hadamard matrix has 2^p rows; got {size}. Use block_of(width).")
     H = torch.ones(1, 1, dtype=torch.float64)
     while len(H) < size:
         H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
@@ -57,7 +63,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:
-    """s: fp32 [width] of -1 and +1, drawn on the CPU so that one seed gives the same signs on every device."""
+    """s: fp32 [width] of -1 and +1, on the CPU, so that one seed gives the same signs for every device."""
     return (2 * torch.randint(0, 2, (width,), generator=generator) - 1).float()
 
 

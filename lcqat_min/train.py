@@ -1,28 +1,34 @@
 """Quantization-aware training: a plain loop that distils the unquantized model into the quantized one.
 
-The forward pass rounds latents to codes, decodes and multiplies; the backward pass goes through the rounding by its
-surrogate gradient. So latents, scales, codebooks and all other parameters learn together. The loss is, by default,
+The forward pass rounds latents to codes, decodes and multiplies; the backward pass goes through the rounding
+by its surrogate gradient. So latents, scales, codebooks and all other parameters learn together. The loss is,
+by default,
 
     KL( p_teacher || p_student ) = sum_v p_t(v) (log p_t(v) - log p_s(v))      mean over tokens, nats
 
 against the unquantized model (whose text is then all that is needed), else next-token cross-entropy.
 
-Learning rates have units, because AdamW moves every number by about its rate each step, whatever its gradient:
+Learning rates have units, because AdamW moves every number by about its rate each step, whatever its
+gradient:
 
     latents    bins a step: 0.03 crosses half a bin in about 17 steps       times the layer's bin width
     scales     share of their root mean square a step                        times that root mean square
     codebooks  the same
     rest       plain (embeddings, norms, biases)
 
-So one number means the same for a grid, for bit-planes and for weights with a learned step, and arms can be compared.
-Schedule: linear warm-up, constant, linear decay to zero; the three parts sum to the number of steps. No weight decay:
-on a latent it pulls towards a rounding boundary.
+So one number means the same for a grid, for bit-planes and for weights with a learned step, and arms can be
+compared. Schedule: linear warm-up, constant, linear decay to zero; the three parts sum to the number of
+steps. No weight decay: on a latent it pulls towards a rounding boundary.
 
-A run can be stopped and resumed: one safetensors file, written whole or not at all, holds parameters, optimizer state
-and history; batches that were already used are drawn again and passed over. Same seed, same batches, same result.
+What trains is kept in fp32: in bf16, 1 + 0.001 is 1, so small steps would round to nothing. For speed use
+torch.autocast (around the call of `train`) or an accelerator, which leave the parameters in fp32.
 
-Gives up: no gradient accumulation, no sharding of its own. Pass an `accelerate.Accelerator` for several devices or
-mixed precision.
+A run can be stopped and resumed: one safetensors file, written whole or not at all, holds parameters,
+optimizer state and history; batches that were already used are drawn again and passed over. Same seed, same
+batches, same result, but for dropout, whose masks are drawn afresh.
+
+Gives up: no gradient accumulation, no sharding of its own. Pass an `accelerate.Accelerator` for several
+devices or mixed precision; each process brings its own share of the batches.
 """
 
 from __future__ import annotations
@@ -46,8 +52,8 @@ GROUPS = ("latents", "scales", "codebooks", "rest")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps. Rates: see the units above. warmup, decay: shares of the steps. clip: gradient norm.
-    log_every: steps between rows of the history. checkpoint_every: steps between checkpoints, where a path is given."""
+    """steps: optimizer steps. Rates: see the units above. warmup, decay: shares of the steps. clip: largest
+    gradient norm. log_every, checkpoint_every: steps between rows of the history and between checkpoints."""
 
     steps: int
     lr_latents: float = 0.03
@@ -62,14 +68,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1 or self.checkpoint_every < 1:
-            raise ValueError(f"TrainConfig: steps {self.steps}, log_every {self.log_every} and checkpoint_every "
-                             f"{self.checkpoint_every} must be at least 1")
+            raise ValueError(f"TrainConfig: steps {self.steps}, log_every {self.log_every} and "
+                             f"checkpoint_every {self.checkpoint_every} must be at least 1")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares; their sum is at most 1")
+            raise ValueError(f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares of the "
+                             "steps: 0 or more each, and together at most 1")
+        if self.clip <= 0:
+            raise ValueError(f"TrainConfig.clip is {self.clip}; it must be above 0 (inf: do not clip)")
 
     def phases(self) -> tuple[int, int, int]:
         """Steps of warm-up, constant rate and decay; they sum to `steps`."""
-        warmup, decay = round(self.warmup * self.steps), round(self.decay * self.steps)
+        warmup = round(self.warmup * self.steps)
+        decay = min(round(self.decay * self.steps), self.steps - warmup)  # both may have been rounded up
         return warmup, self.steps - warmup - decay, decay
 
     def rate(self, step: int) -> float:
@@ -80,61 +90,83 @@ class TrainConfig:
         return 1.0 if step < warmup + stable else (self.steps - step) / (decay + 1)
 
 
-def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teacher: nn.Module | None = None, *,
-          checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
+def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teacher: nn.Module | None = None,
+          *, checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
           accelerator=None) -> list[dict]:
-    """Train `model` in place for config.steps batches of token ids [B, T]; returns the history, a row a log point.
+    """Train `model` in place for config.steps batches of token ids [B, T]; returns the history.
 
-    teacher: the unquantized model, distilled from; None trains on next tokens. checkpoint: a file to save to and, if it
-    is there, to resume from. on_step(step, loss) is called after each step (progress bars). accelerator: an
-    accelerate.Accelerator that prepares the model and runs backward.
-    A row: step, tokens, loss (nats a token, mean since the last row), rate, flips (share of codes that differ from the
-    start), and for each parameter group grad_* (norm of its gradient) and moved_* (root mean square of its movement).
-    Raises FloatingPointError at the first loss that is not finite, naming the step and a layer; ValueError for a
-    teacher with another vocabulary, for too few batches and for a checkpoint of another run.
+    teacher: the unquantized model, distilled from and set to evaluation mode; None trains on next tokens.
+    checkpoint: a file to save to and, if it is there, to resume from. on_step(step, loss) is called after
+    each step (progress bars). accelerator: an accelerate.Accelerator that prepares model and optimizer.
+
+    The history has a row a log point: step, tokens, loss (nats a token, mean since the last row), rate, flips
+    (share of codes that differ from the start), and for each parameter group grad_* (norm of its gradient)
+    and moved_* (root mean square of its movement).
+
+    Raises FloatingPointError at the first loss or gradient that is not finite, naming the step and a layer;
+    TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary,
+    for too few batches and for a checkpoint that is damaged or of another run.
     """
-    groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    run = _Run(model, optimizer, config)
-    done, history = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, [])
-    loop_model, backward = model, torch.Tensor.backward
-    if accelerator is not None:
-        loop_model, optimizer = accelerator.prepare(model, optimizer)
-        backward = accelerator.backward
-    device = next(loop_model.parameters()).device
+    if teacher is model:
+        raise ValueError("the teacher is the model itself: copy.deepcopy(model) before quantize(model)")
+    accelerator = _OneProcess() if accelerator is None else accelerator
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
+    loop_model, stepper = accelerator.prepare(model, optimizer)
+    run = _Run(model, optimizer, config)  # after prepare, which may move the parameters to another device
+    done, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, [], [])
     was_training = model.training
     model.train()
-    step, losses = done, []
+    optimizer.zero_grad()  # an interrupted run may have left gradients
     try:
-        for step, batch in enumerate(islice(batches, done, config.steps), start=done):
-            batch = batch.to(device)
-            for group in optimizer.param_groups:
+        for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
+            for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
-            loss = _loss(loop_model, batch, teacher)
+            loss = _loss(loop_model, batch.to(run.device), teacher)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; {_culprit(model)}")
-            backward(loss)
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
+            accelerator.backward(loss)
+            accelerator.unscale_gradients()
             grads = run.gradient_norms() if run.is_log_point(step) else None
-            torch.nn.utils.clip_grad_norm_(loop_model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _clip(model, config.clip, step, skips_overflow=accelerator.scaler is not None)
+            stepper.step()
+            stepper.zero_grad()
             losses.append(loss.item())
             if grads is not None:
-                history.append(run.row(step, batch.numel(), losses, grads))
+                history.append(run.row(step, batch.numel() * accelerator.num_processes, losses, grads))
                 losses = []
             if on_step:
                 on_step(step, loss.item())
-            if checkpoint and (step + 1) % config.checkpoint_every == 0:
-                run.save(checkpoint, step + 1, history)
+            done = step + 1
+            if checkpoint and done % config.checkpoint_every == 0 and accelerator.is_main_process:
+                run.save(checkpoint, done, history, losses)
     finally:
         model.train(was_training)
-    if step + 1 < config.steps:
-        raise ValueError(f"the batches ended after {step + 1} of {config.steps} steps; give more text or fewer steps")
+    if done < config.steps:
+        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
     return history
 
 
+class _OneProcess:
+    """What `train` asks of an accelerator, for one process and the model's own precision."""
+
+    is_main_process, num_processes, scaler = True, 1, None
+
+    def prepare(self, *objects: object) -> tuple:
+        return objects
+
+    def backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):  # else the fp32 weights' backward runs in bf16
+            loss.backward()
+
+    def unscale_gradients(self) -> None:
+        pass
+
+
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW groups, one a tensor (a tensor's rate follows its own unit): params, name, kind, lr, full_lr."""
+    """AdamW groups, one a tensor (a tensor's rate follows its own unit): params, name, kind, lr, full_lr.
+
+    Raises TypeError for a parameter that requires a gradient in bf16 or fp16.
+    """
     kinds: dict[int, tuple[str, float]] = {}
     for _, layer in quant_layers(model):
         if isinstance(layer, (AffineLinear, StepLinear)):
@@ -143,18 +175,21 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
                                   ("codebooks", config.lr_codebooks, ("A", "b", "table"))):
             for name in names:
                 if isinstance(value := getattr(layer, name, None), nn.Parameter):
-                    size = getattr(layer, "A", value) if name == "b" else value  # b starts near zero: measure it by A
+                    size = layer.A if name == "b" else value  # b starts near zero: measure it by A
                     kinds[id(value)] = kind, rate * size.detach().square().mean().sqrt().item()
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"{name!r} is {parameter.dtype}: small steps would round to nothing. Call "
+                                "model.float() (for speed: torch.autocast), or requires_grad_(False) on it")
             kind, rate = kinds.get(id(parameter), ("rest", config.lr_rest))
             groups.append({"params": [parameter], "name": name, "kind": kind, "lr": rate, "full_lr": rate})
     return groups
 
 
 def bin_width(layer: nn.Module) -> float:
-    """Width of a rounding bin in units of the layer's latents: 1 on a grid, 2 from -1 to +1, else the step size."""
+    """Width of a rounding bin in units of the layer's latents: 1 on a grid, 2 from -1 to +1, or the step."""
     if isinstance(layer, StepLinear):
         return layer.row_scale.detach().mean().item()
     return 2.0 if layer.levels == 2 else 1.0
@@ -163,30 +198,35 @@ def bin_width(layer: nn.Module) -> float:
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
     if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(f"student and teacher differ in vocabulary: {student.shape[-1]} and {teacher.shape[-1]} logits. "
-                         "Distil from the same model before quantization.")
+        raise ValueError("student and teacher differ in vocabulary: "
+                         f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
+                         "from before quantization.")
     return _TeacherKL.apply(student.flatten(0, -2), teacher.flatten(0, -2))
 
 
 class _TeacherKL(torch.autograd.Function):
-    """Loss and gradient in one pass over slices of tokens: d loss / d logits = (p_s - p_t) / tokens."""
+    """Loss and gradient in one pass over slices of tokens: d loss / d logits = (p_s - p_t) / tokens.
+
+    The division waits for backward: fp16 has no numbers below 6e-8, and a loss scaler multiplies only then.
+    """
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
         grad = torch.empty_like(student)
         total = student.new_zeros((), dtype=torch.float64)
         rows = max(1, KL_ELEMENTS // student.shape[1])
-        for s, t, g in zip(student.split(rows), teacher.split(rows), grad.split(rows)):
+        for s, t, g in zip(student.split(rows), teacher.split(rows), grad.split(rows), strict=True):
             log_s, log_t = s.float().log_softmax(1), t.float().log_softmax(1)
             p_t = log_t.exp()
             total += ((log_t - log_s) * p_t).sum().double()
-            g.copy_((log_s.exp() - p_t) / len(student))
+            g.copy_(log_s.exp() - p_t)
         ctx.save_for_backward(grad)
         return (total / len(student)).float()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return ctx.saved_tensors[0] * upstream, None
+        (grad,) = ctx.saved_tensors
+        return grad * (upstream / len(grad)), None
 
 
 def _loss(model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
@@ -194,14 +234,27 @@ def _loss(model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
     if teacher is None:
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
     with torch.no_grad():
-        target = teacher(input_ids=batch, use_cache=False).logits
-    return distillation_loss(logits, target)
+        device = next(teacher.parameters()).device
+        target = teacher.eval()(input_ids=batch.to(device), use_cache=False).logits
+    return distillation_loss(logits, target.to(logits.device))
+
+
+def _clip(model: nn.Module, limit: float, step: int, skips_overflow: bool) -> None:
+    """Scale gradients to a joint norm of at most `limit`; skips_overflow: a loss scaler takes care of it."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if not torch.isfinite(norm) and not skips_overflow:
+        raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}; {_culprit(model)}")
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def _culprit(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"{name!r} is the first parameter that holds NaN or infinity. Lower its learning rate."
+    for name, parameter in reversed(list(model.named_parameters())):  # backward went this way
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name!r} is the last that holds NaN or infinity: look there."
     return "all parameters are finite. Check the batch, the teacher and the dtype (fp16 overflows; use bf16)."
 
 
@@ -213,7 +266,7 @@ class _Run:
         self.groups = list(optimizer.param_groups)
         self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
         self.start_codes = self._codes()
-        self.tokens = 0
+        self.device = next(model.parameters()).device
 
     def _codes(self) -> dict[str, Tensor]:
         return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}
@@ -247,7 +300,8 @@ class _Run:
                 "rate": self.config.rate(step), "flips": flips / max(count, 1), **grads,
                 **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)}}
 
-    def save(self, path: Path, step: int, history: list[dict]) -> None:
+    def save(self, path: Path, step: int, history: list[dict], losses: list[float]) -> None:
+        """Write all that `load` gives back: `step` steps done, losses since the last row of the history."""
         from safetensors.torch import save_file
 
         tensors = {}
@@ -256,31 +310,44 @@ class _Run:
             state = self.optimizer.state[parameter]
             tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
                         **{f"adam.{key}.{name}": value for key, value in state.items()}}
-        meta = {"step": str(step), "config": json.dumps(asdict(self.config)), "history": json.dumps(history)}
+        meta = {"config": asdict(self.config), "step": step, "history": history, "losses": losses}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata=meta)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
+                  metadata={key: json.dumps(value) for key, value in meta.items()})
         os.replace(temporary, path)
 
-    def load(self, path: Path) -> tuple[int, list[dict]]:
-        from safetensors import safe_open
+    def load(self, path: Path) -> tuple[int, list[dict], list[float]]:
+        """Restore parameters and optimizer; returns steps done, history, losses since its last row.
 
-        with safe_open(path, framework="pt") as file:
-            meta, names = file.metadata() or {}, set(file.keys())
-            ours = {f"now.{g['name']}" for g in self.groups}
-            same = all(name in names and file.get_slice(name).get_shape() == list(g["params"][0].shape)
-                       for name, g in zip((f"now.{g['name']}" for g in self.groups), self.groups))
-            if meta.get("config") != json.dumps(asdict(self.config)) or not same or not ours <= names:
-                raise ValueError(f"{path} is the checkpoint of another run (other config or model): delete it to start "
-                                 "afresh, or run with the settings it was made with")
-            with torch.no_grad():
-                for group in self.groups:
-                    parameter, name = group["params"][0], group["name"]
-                    parameter.copy_(file.get_tensor(f"now.{name}"))
-                    start = file.get_tensor(f"start.{name}").to(parameter.device)
-                    if not torch.equal(start, self.start[name]):
-                        raise ValueError(f"{path} started from another model: {name!r} differs. Delete it to start afresh.")
-                    keys = [k for k in names if k.startswith("adam.") and k.split(".", 2)[2] == name]
-                    self.optimizer.state[parameter] = {k.split(".", 2)[1]: file.get_tensor(k).to(
-                        "cpu" if k.startswith("adam.step.") else parameter.device) for k in keys}
-        return int(meta["step"]), json.loads(meta["history"])
+        Nothing is touched before the whole file has been read and found to belong to this run.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no whole checkpoint ({error}): delete it to start afresh") from error
+        self._check(path, meta, tensors)
+        with torch.no_grad():
+            for group in self.groups:
+                parameter, name = group["params"][0], group["name"]
+                parameter.copy_(tensors[f"now.{name}"])
+                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                         if f"adam.{key}.{name}" in tensors}
+                self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
+                                                   for key, value in state.items()}
+        return json.loads(meta["step"]), json.loads(meta["history"]), json.loads(meta["losses"])
+
+    def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
+        ours = {group["name"]: group["params"][0].shape for group in self.groups}
+        if meta.get("config") != json.dumps(asdict(self.config)) or saved != ours:
+            raise ValueError(f"{path} is the checkpoint of another run (other config or model): delete it to "
+                             "start afresh, or run with the settings it was made with")
+        for name, start in self.start.items():
+            if not torch.equal(tensors[f"start.{name}"], start.cpu()):
+                raise ValueError(f"{path} started from another model ({name!r} differs): quantize again as "
+                                 "for that run, or delete the file to start afresh")

@@ -1,0 +1,127 @@
+"""The command line: `python -m lcqat_min <verb>`. Each verb is a thin layer over a function that Python code can call.
+
+    compare     every way to 2 bits on one model: the table, the picture, sample texts
+
+Mistakes of the caller (unknown names, missing files or devices, unusable text) end in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lcqat: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlcqat: stopped. What is finished is kept.", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    top = argparse.ArgumentParser(prog="python -m lcqat_min", description="2-bit vector-quantization-aware training, small "
+                                  "enough to read. Everything works offline with the bundled model and text.")
+    verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB")
+    compare = verbs.add_parser("compare", help="every way to 2 bits on one model", formatter_class=argparse.RawTextHelpFormatter,
+                               description=_compare_help())
+    common(compare)
+    compare.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
+    compare.add_argument("--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 204800)")
+    compare.add_argument("--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)")
+    compare.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run's folder")
+    compare.add_argument("--save", action="store_true", help="renew results/compare.json, figures/compare.svg and the README's\n"
+                         "table (for the results that are committed)")
+    compare.set_defaults(run=run_compare)
+    return top
+
+
+def common(verb: argparse.ArgumentParser) -> None:
+    """Options that several verbs share."""
+    verb.add_argument("--model", default=None, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)")
+    verb.add_argument("--text", default="docstrings", metavar="SOURCE", help="docstrings (offline), wikitext2, or a text file or\n"
+                      "folder (default: docstrings)")
+    verb.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+
+
+def _compare_help() -> str:
+    from .compare import ARMS
+
+    arms = "\n".join(f"  {arm.name:<15}{arm.what}" for arm in ARMS)
+    return ("Quantize one language model to 2 bits in every way, train each for the same tokens, and print one table.\n"
+            "A run writes to runs/<time>/ and shows its figures beside the committed ones.\n\narms:\n" + arms)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """The verb `compare`."""
+    from . import report
+    from .compare import ARMS, Budget, Lab, Results, read_results, settings
+    from .hub import BUNDLED, choose_device, load
+    from .text import load_text
+
+    known = {arm.name: arm for arm in ARMS}
+    if unknown := [name for name in args.arms or [] if name not in known]:
+        raise ValueError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(known)}")
+    arms = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
+    budget = Budget() if args.tokens is None else Budget(train_tokens=args.tokens)
+    device = choose_device(args.device)
+    name = args.model or f"models/{BUNDLED.name}"
+    folder = args.resume or ROOT / "runs" / time.strftime("%Y-%m-%d_%H%M%S")
+    if args.resume and not (folder / "compare.json").exists():
+        raise ValueError(f"nothing to resume: {folder / 'compare.json'} does not exist. Leave --resume out to start a run.")
+    results = Results(folder / "compare.json", settings(arms, budget, name, args.text, args.prompt))
+    print(f"{name} on {device}: {len(arms)} arms, seeds {args.seeds}, {budget}\nwriting to {folder}", flush=True)
+    teacher, tokenizer = load(args.model or BUNDLED, device)
+    lab = Lab(teacher, tokenizer, load_text(args.text, tokenizer), budget, device)
+    _run_arms(lab, arms, args.seeds, args.prompt, results, folder)
+    report.picture(results.data, folder / "compare.svg")
+    committed = ROOT / "results" / "compare.json"
+    print("\n" + report.beside(results.data, read_results(committed) if committed.exists() else {"rows": []}))
+    print(f"\n{args.prompt!r}, continued by each arm (seed {args.seeds[0]}):")
+    for arm, sample in results.data["samples"].items():
+        print(f"  {arm:<15}{' '.join(sample.split())}")
+    print(f"\ntable: {folder / 'compare.json'}\npicture: {folder / 'compare.svg'}")
+    if args.save:
+        save_committed(results.data)
+    return 0
+
+
+def save_committed(data: dict) -> None:
+    """Renew the committed results, their picture and the README's table."""
+    from . import report
+    from .compare import write_json
+
+    report.renew_readme(data, ROOT / "README.md")
+    report.picture(data, ROOT / "figures" / "compare.svg")
+    write_json(ROOT / "results" / "compare.json", data)
+    print("renewed results/compare.json, figures/compare.svg and the table in README.md")
+
+
+def _run_arms(lab, arms: list, seeds: list[int], prompt: str, results, folder: Path) -> None:
+    from tqdm import tqdm
+
+    from .compare import continue_text, run_arm
+
+    quiet = os.environ.get("LCQAT_QUIET") == "1"
+    ppl_fp = lab.score(lab.teacher)[0]
+    todo = [(arm, seed) for seed in seeds for arm in arms if not results.has(arm.name, seed)]
+    for number, (arm, seed) in enumerate(todo, start=1):
+        steps = lab.budget.steps if arm.rates is not None else 0
+        checkpoint = folder / f"{arm.name}-{seed}.safetensors"
+        with tqdm(total=steps, desc=f"[{number}/{len(todo)}] {arm.name} seed {seed}", disable=quiet, unit="step") as bar:
+            row, model, history = run_arm(lab, arm, seed, ppl_fp, checkpoint, lambda step, loss: bar.update(step + 1 - bar.n))
+            bar.set_postfix_str(f"KL {row['kl_ptq']:.4f}" + (f" -> {row['kl_qat']:.4f}" if row["kl_qat"] is not None else ""))
+        results.add(row, history, continue_text(lab, model, prompt) if seed == seeds[0] else None)
+        checkpoint.unlink(missing_ok=True)

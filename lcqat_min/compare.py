@@ -1,0 +1,234 @@
+"""The main job: one small language model, every way to 2 bits, equal data, one table.
+
+An *arm* is a way to quantize and, for most, to train after. All arms see the same calibration text, batches, order,
+steps and teacher. Learning rates come from one search of equal size for each trained arm (scripts/search_rates.py,
+on validation text); the table is measured on test text that neither training nor the search has seen.
+
+    perplexity   exp of the mean loss a token                          evaluate.perplexity
+    KL           distance to the unquantized model, nats a token       evaluate.kl_to: tells arms apart that
+                                                                       perplexity on a small text cannot
+
+Each (arm, seed) gives one row, written to <run>/compare.json as soon as it is known (a temporary file, renamed). A run
+that was interrupted goes on with `--resume <run>`: finished rows are kept and a half-trained arm continues from its
+last checkpoint. A seed decides the calibration text, the random signs, the codebook fit and the order of the batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .bits import bits_per_weight
+from .convert import QuantConfig, quantize
+from .evaluate import kl_to, perplexity
+from .text import Splits, batches, sample_windows
+from .train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to 2 bits. quant None: unquantized. rates None: no training. `rates`: learning rates of TrainConfig."""
+
+    name: str
+    what: str
+    quant: QuantConfig | None
+    rates: dict[str, float] | None = None
+    teacher: bool = True
+
+
+_SQ = QuantConfig(codebook="step", rotate="none")
+_LCQAT = QuantConfig(codebook="planes", rotate="both")
+
+ARMS = (
+    Arm("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
+    Arm("rtn", "scalar, rounded plainly", replace(_SQ, codebook="scalar", feedback=False)),
+    Arm("gptq", "scalar, rounded with error feedback", replace(_SQ, codebook="scalar")),
+    Arm("sq-paretoq", "scalar QAT from its published start: step = row maximum / 2", replace(_SQ, feedback=False, scale="max"),
+        {"lr_latents": 0.01}),
+    Arm("sq", "scalar QAT from the start with error feedback", _SQ, {"lr_latents": 0.01}),
+    Arm("lcqat-release", "scalar grid, rotated, frozen codebook, DGE gradient",
+        replace(_LCQAT, codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True), {"lr_latents": 0.01}),
+    Arm("lcqat-paper", "4-D integer lattice, rotated, A and b learned", replace(_LCQAT, codebook="lattice"), {"lr_latents": 0.01}),
+    Arm("lcqat-planes", "untied bit-planes, rotated, A and b learned", _LCQAT, {"lr_latents": 0.01}),
+    Arm("free-vq", "256-entry table, rotated, codes frozen, table learned", replace(_LCQAT, codebook="table"), {}),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm gets. Tokens; `window` tokens a sequence, `batch` sequences a step."""
+
+    train_tokens: int = 204_800
+    calibration_tokens: int = 32_768
+    eval_tokens: int = 16_384
+    window: int = 256
+    batch: int = 8
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the training tokens allow, at least 1."""
+        return max(1, self.train_tokens // (self.window * self.batch))
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What all arms share: the unquantized model, the text and the budget."""
+
+    teacher: nn.Module
+    tokenizer: object
+    text: Splits
+    budget: Budget
+    device: torch.device
+
+    def calibration(self, seed: int) -> list[Tensor]:
+        """Calibration batches [8, window] of a seed."""
+        b = self.budget
+        count = max(1, b.calibration_tokens // b.window)
+        return list(sample_windows(self.text.train, count, b.window, torch.Generator().manual_seed(seed)).split(8))
+
+    def batches(self, seed: int):
+        """Training batches [batch, window] in the order of a seed."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        return batches(self.text.train, self.budget.window, self.budget.batch, generator)
+
+    def score(self, model: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
+        """Perplexity and KL to the unquantized model on the test text (or other ids)."""
+        ids = (self.text.test if ids is None else ids)[: self.budget.eval_tokens]
+        window = self.budget.window
+        return perplexity(model, ids, window).value, kl_to(self.teacher, model, ids, window)
+
+
+def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:
+    """A copy of the unquantized model, quantized as the arm says and not yet trained."""
+    model = copy.deepcopy(lab.teacher)
+    if arm.quant is not None:
+        quantize(model, lab.calibration(seed), replace(arm.quant, seed=seed))
+    return model
+
+
+def run_arm(lab: Lab, arm: Arm, seed: int, ppl_fp: float, checkpoint: Path | None = None,
+            on_step: Callable[[int, float], None] | None = None) -> tuple[dict, nn.Module, list[dict]]:
+    """Quantize, score, train, score: the row of the results, the model and the training history."""
+    clock = time.perf_counter()
+    model = start(lab, arm, seed)
+    row = {"arm": arm.name, "seed": seed, "bits_per_weight": bits_per_weight(model).per_weight, "ppl_fp": ppl_fp}
+    row["seconds_ptq"] = time.perf_counter() - clock
+    row["ppl_ptq"], row["kl_ptq"] = lab.score(model)
+    history: list[dict] = []
+    row |= {"ppl_qat": None, "kl_qat": None, "code_flips": None, "tokens": 0, "seconds_qat": 0.0}
+    if arm.rates is not None:
+        clock = time.perf_counter()
+        config = TrainConfig(steps=lab.budget.steps, **arm.rates)
+        history = train(model, lab.batches(seed), config, lab.teacher if arm.teacher else None, checkpoint=checkpoint,
+                        on_step=on_step)
+        row["seconds_qat"] = time.perf_counter() - clock
+        row["ppl_qat"], row["kl_qat"] = lab.score(model)
+        row["code_flips"], row["tokens"] = history[-1]["flips"], history[-1]["tokens"]
+    return row | {"peak_mb": peak_mb(lab.device)}, model, history
+
+
+def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> str:
+    """Greedy continuation of a prompt."""
+    ids = lab.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(lab.device)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                             pad_token_id=lab.tokenizer.eos_token_id)
+    return lab.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+class Results:
+    """compare.json of a run: {"meta", "rows", "curves", "samples"}; every change is written whole or not at all."""
+
+    def __init__(self, path: Path, config: dict):
+        self.path = path
+        if path.exists():
+            self.data = read_results(path)
+            if self.data["meta"]["config"] != config:
+                raise ValueError(f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
+                                 "Resume with the same ones, or start a new run.")
+        else:
+            self.data = {"meta": describe(config), "rows": [], "curves": {}, "samples": {}}
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Whether this row is there already."""
+        return any(row["arm"] == arm and row["seed"] == seed for row in self.data["rows"])
+
+    def add(self, row: dict, history: list[dict], sample: str | None) -> None:
+        """Take in a finished arm and write the file."""
+        self.data["rows"].append(row)
+        self.data["curves"][f"{row['arm']}/{row['seed']}"] = [
+            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history]
+        if sample is not None:
+            self.data["samples"][row["arm"]] = sample
+        write_json(self.path, self.data)
+
+
+def read_results(path: Path) -> dict:
+    """Read a results file; ValueError that names it when it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["rows"], data["meta"]  # a results file has both
+        return data
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read results from {path} ({type(error).__name__}: {error}). Run `make compare` to make "
+                         "them again.") from error
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write JSON through a temporary file, so that the old file stays whole until the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def describe(config: dict) -> dict:
+    """The birth certificate of a result: settings, commit, versions, machine, date."""
+    import transformers
+
+    return {"config": config, "commit": _commit(), "date": time.strftime("%Y-%m-%d"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+                        "threads": torch.get_num_threads()}}
+
+
+def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str) -> dict:
+    """All that decides a result, as plain JSON values."""
+    return json.loads(json.dumps({"model": model, "text": text, "budget": asdict(budget), "prompt": prompt,
+                                  "arms": {arm.name: asdict(arm) for arm in arms}}))
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """Peak memory of the process so far (CPU) or of the allocator (CUDA), MB; None where the system cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _commit() -> str | None:
+    try:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _difference(old: dict, new: dict) -> str:
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}" for key in keys)

@@ -1,0 +1,59 @@
+"""Load a language model and its tokenizer by name or folder, with errors that say what to do.
+
+The bundled model lies beside the package, so a clone needs no network. Any other name goes to the Hugging Face hub (or
+its cache) through `from_pretrained`. Code that comes with a checkpoint is never run (`trust_remote_code` stays off).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "doc-llama"
+
+
+def choose_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` as a device that is there; else ValueError that says what to use."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"device {name!r} is not supported: second moments need float64, which it may lack. Use cpu or cuda.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but this torch finds no CUDA device. Use --device cpu, or install "
+                         "a CUDA build of torch.")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices, "
+                         "counted from 0")
+    return device
+
+
+def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+    """Model (fp32, eval mode, on `device`) and tokenizer of a folder or a hub name; ValueError says why it failed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_why(name, error)) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _why(name: str | Path, error: Exception) -> str:
+    path = Path(name)
+    if path.is_dir():
+        missing = [file for file in ("config.json", "tokenizer_config.json") if not (path / file).is_file()]
+        reason = f"it lacks {' and '.join(missing)}" if missing else f"transformers says: {_first_line(error)}"
+        return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
+    return (f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
+            f"cache ({_first_line(error)}). Check the name, or leave --model out for the bundled {BUNDLED.name}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,249 @@
+"""Files of a trained model: packed (small, reloads to the same logits) and dense (ordinary, loads anywhere).
+
+    save_packed(model, folder)               codes as bytes, all else as it is in the model
+    load_packed(folder)                      the model with PackedLinear layers, for inference
+    load_packed(folder, trainable=True)      the same map with trainable layers: training goes on from here
+    export_dense(model, folder)              plain weights, for tools that have never heard of this package
+
+A packed folder is a Hugging Face folder: config.json with a `quantization_config`, model.safetensors and a
+README.md that says how to load it. The configuration declares each layer's Form (packed.py). All shapes
+follow from the forms; they are compared, and so is a SHA-256 over forms and tensor file, before any tensor
+is loaded. Tied embeddings are stored once and tied again.
+
+Scales and codebooks are stored as fp16. `to_storage_precision(model)` gives the model in memory the same
+numbers, so that it, the packed file and the dense export agree. Latents are not stored: further training
+starts on the codes (storage.py).
+
+A folder is written under another name and then swapped in, so an interrupted save leaves the old one
+whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .bits import Bits, CodeStats, bits_per_weight, code_stats, codes_of
+from .packed import Form, PackedLinear
+from .storage import pack_layers, to_storage_precision, unpack_layers
+
+__all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats", "codes_of", "export_dense",
+           "load_packed", "save_packed", "to_storage_precision"]
+
+METHOD = "lcqat_min.hf"  # `quant_method`: also the module that teaches transformers to read the folder
+VERSION = 1
+WEIGHTS = "model.safetensors"
+AGAIN = "copy it again from where it was whole, or save the model again"
+TITLE = "# A model packed by lcqat-min"
+README = """
+
+    import lcqat_min.hf                                   # teaches transformers to read this folder
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("this folder")
+
+Without the first line transformers reports an unknown quantization type `lcqat_min.hf` and stops at
+weights of another shape than it expects.
+
+"""
+
+
+def save_packed(model: nn.Module, folder: str | Path) -> Bits:
+    """Write `model` (a transformers model, in training or packed) to `folder`; returns what it takes.
+
+    The model is not changed. An existing folder is replaced; files in it that are neither weights nor
+    configuration (a tokenizer, say) are kept. ValueError, before anything is written, for a model without
+    quantized layers, for numbers that fp16 cannot hold, for a folder of something else; TypeError for a model
+    that is not of transformers.
+    """
+    tensors, layers = _parts(model)
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
+    forms = {name: asdict(layer.form) for name, layer in layers.items()}
+    bits = bits_per_weight(model)
+
+    def complete(part: Path) -> None:
+        _configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
+                          "sha256": _digest(forms, part / WEIGHTS)})
+        if not (part / "README.md").exists():
+            (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
+
+    _write(model, tensors, Path(folder), complete)
+    return bits
+
+
+def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
+    """The model of a folder that `save_packed` wrote, in evaluation mode, on the CPU.
+
+    trainable: with layers that train on from the file's codes instead of packed ones. FileNotFoundError or
+    ValueError for a folder that is missing, foreign, of a newer version, truncated or altered.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from . import hf  # noqa: F401  registers the reader
+
+    folder = Path(folder)
+    check(folder / WEIGHTS, _settings(folder / "config.json"))
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    if trainable:
+        swap(model, unpack_layers({n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}))
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+@torch.no_grad()
+def export_dense(model: nn.Module, folder: str | Path) -> None:
+    """Write `model` as an ordinary checkpoint of its architecture, in the dtype of its embeddings.
+
+    It is as large as before quantization, and gives the logits of the packed file. Errors as in save_packed.
+    """
+    tensors, layers = _parts(model)
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    for name, layer in layers.items():
+        weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
+        is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
+        tensors[f"{name}.weight"] = weight if is_linear else weight.T
+    _write(model, tensors, Path(folder), lambda part: _configure(part, None))
+
+
+def check(file: Path, settings: dict) -> dict[str, Form]:
+    """Forms of the layers packed in `file`; ValueError where it is not as its `settings` declare.
+
+    settings: quantization_config of its config.json.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if settings.get("quant_method") != METHOD:
+        raise ValueError(f"{file.parent} is no packed model of lcqat_min (quant_method: "
+                         f"{settings.get('quant_method')}). Load it with transformers, or give a folder that "
+                         "save_packed wrote.")
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{file.parent} has format version {settings.get('version')}, this lcqat_min reads "
+                         f"version {VERSION}: update lcqat_min")
+    try:
+        forms = {name: Form(**form) for name, form in settings["layers"].items()}
+        layouts = {name: form.tensors(name) for name, form in forms.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file.parent / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = {name: stored.get_slice(name) for name in stored.keys()}
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is missing or truncated ({error}): {AGAIN}") from error
+    for layer, key in ((layer, key) for layer, layout in layouts.items() for key in layout):
+        dtype, shape = layouts[layer][key]
+        want, got = ("U8" if dtype == torch.uint8 else "F16", shape), found.get(f"{layer}.{key}", "missing")
+        if got != want:
+            raise ValueError(f"tensor {layer}.{key} of {file} is {got}, not {want}: {AGAIN}")
+    if settings.get("sha256") != _digest(settings["layers"], file):
+        raise ValueError(f"{file} or its config.json was altered since it was saved (SHA-256): {AGAIN}")
+    return forms
+
+
+def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put `layers` (by name) in the place of the model's."""
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedLinear]]:
+    """Tensors that stay as they are (embeddings, norms, biases, ...), tied ones once; and packed layers."""
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise TypeError(f"{type(model).__name__} is no transformers model and has no config to load it by. "
+                        "Save what lcqat_min.storage.pack_layers(model) gives by your own means.")
+    layers = pack_layers(model)
+    if not layers:
+        raise ValueError("the model has no quantized layer: call quantize first, or save it as it is by "
+                         "model.save_pretrained")
+    rest = {}
+    for key, value in model.state_dict().items():
+        parent, _, leaf = key.rpartition(".")
+        if key not in model.all_tied_weights_keys and (parent not in layers or leaf == "bias"):
+            rest[key] = value
+    return rest, layers
+
+
+def _digest(forms: dict[str, dict], file: Path) -> str:
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    digest.update(json.dumps(forms, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _settings(file: Path) -> dict:
+    """quantization_config of a config.json; {} if it has none."""
+    old = file.parent.with_name(file.parent.name + ".old")
+    if not file.is_file():
+        hint = f"; a save was interrupted: rename {old} to it" if old.is_dir() else ""
+        raise FileNotFoundError(f"{file} is missing: give a folder that save_packed wrote{hint}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not the JSON of a configuration ({error}): {AGAIN}") from error
+
+
+def _configure(part: Path, settings: dict | None) -> None:
+    """Set or remove the quantization_config of part/config.json."""
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    config |= {} if settings is None else {"quantization_config": settings}
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(
+    model: nn.Module, tensors: dict[str, Tensor], folder: Path, complete: Callable[[Path], None]
+) -> None:
+    """Write a Hugging Face folder beside `folder`, let `complete` finish it, and swap it in."""
+    from safetensors.torch import save_file
+
+    folder = folder.resolve()
+    part = folder.with_name(folder.name + ".part")
+    is_model = (folder / "config.json").is_file()
+    if folder.is_file() or folder.is_dir() and not is_model and any(folder.iterdir()):
+        raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if is_model:
+            weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
+            shutil.copytree(folder, part, ignore=weights)
+        part.mkdir(parents=True, exist_ok=True)
+        readme = part / "README.md"
+        if readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+            readme.unlink()  # of an earlier save_packed
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        config.save_pretrained(part)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(part)
+        tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        complete(part)
+        _swap_in(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _swap_in(part: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists():
+        os.replace(part, folder)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    try:
+        os.replace(part, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)

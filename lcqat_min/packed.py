@@ -1,0 +1,187 @@
+"""The packed layer: codes as bytes, side data as 16-bit floats, and never a whole dense weight.
+
+    weight      uint8 [out, bytes]   codes: each row is one big-endian bit string of m-bit indices, padded
+                                     with zeros to a whole byte
+    A, b        fp16 [d, k], [d]     or table fp16 [2^m, d], which layers may share
+    row_scale   fp16 [out]           r, times 2^exponent
+    col_scale   fp16 [in]            c
+    signs_in    uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as the codes are; only on
+    signs_out   uint8 [out / 8]      sides that are rotated
+
+So at 2 bits a byte holds four weights, whether d is 1, 2 or 4, the first in the highest bits; with d = 8 a
+vector is two bytes. That a row starts on a byte costs it at most 7 bits.
+
+In training the dense weight is decoded, rotated and scaled (linear.py). Here the activations are, which is
+the same map, with D = decode(codes) [out, in] never whole, but ROWS rows at a time:
+
+    y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias
+
+Everything is computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training
+gave to about six digits.
+
+Gives up speed: unpacking is plain torch, to be read, and to check faster kernels against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .codebook import AffineCodebook, Codebook, TableCodebook, scalar
+from .rotate import rotate, unrotate
+
+ROWS = 128  # rows of a weight that are decoded at a time
+
+
+def pack_bits(index: Tensor, bits: int) -> Tensor:
+    """Integers below 2^bits, [rows, count] -> uint8 [rows, ceil(count * bits / 8)], big-endian."""
+    if bits == 8:
+        return index.to(torch.uint8)
+    shifts = torch.arange(bits - 1, -1, -1, device=index.device)
+    places = 2 ** torch.arange(7, -1, -1, device=index.device)
+    parts = []
+    for part in index.split(ROWS):
+        string = ((part.unsqueeze(-1) >> shifts) & 1).flatten(1)
+        octets = F.pad(string, (0, -string.shape[1] % 8)).unflatten(1, (-1, 8))
+        parts.append((octets * places).sum(-1).to(torch.uint8))
+    return torch.cat(parts)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of pack_bits: uint8 [rows, bytes] -> int64 [rows, count]. bits: at most 16."""
+    if bits == 8:
+        return packed.long()
+    begin = torch.arange(count, device=packed.device) * bits
+    first, offset = begin // 8, begin % 8
+    wide = F.pad(packed, (0, 2)).long()  # an index lies within three bytes
+    three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]
+    return three >> (24 - bits - offset) & ((1 << bits) - 1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that is known of a packed layer but its numbers: what a file's configuration says of it.
+
+    kind: affine | step | table. dim: d. bits: m. levels: of a digit, 0 for a table. exponent: of the row
+    scales. owner: name of the layer that stores the table. estimator, learn_codebook: for further training.
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    dim: int
+    bits: int
+    levels: int
+    rotate_in: bool
+    rotate_out: bool
+    bias: bool
+    exponent: int = 0
+    owner: str = ""
+    estimator: str = "ste"
+    learn_codebook: bool = True
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in a row; the last one may reach beyond the inputs."""
+        return -(-self.inputs // self.dim)
+
+    @property
+    def digits(self) -> int:
+        """k, digits in an index; 0 for a table."""
+        return self.bits // (self.levels.bit_length() - 1) if self.levels else 0
+
+    def tensors(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of every packed tensor that the layer `name` stores itself."""
+        half = torch.float16
+        layout = {"weight": (torch.uint8, (self.outputs, -(-self.vectors * self.bits // 8))),
+                  "row_scale": (half, (self.outputs,)), "col_scale": (half, (self.inputs,))}
+        if self.kind == "affine":
+            layout |= {"A": (half, (self.dim, self.digits)), "b": (half, (self.dim,))}
+        if self.kind == "table" and self.owner == name:
+            layout["table"] = half, (1 << self.bits, self.dim)
+        if self.rotate_in:
+            layout["signs_in"] = torch.uint8, (-(-self.inputs // 8),)
+        if self.rotate_out:
+            layout["signs_out"] = torch.uint8, (-(-self.outputs // 8),)
+        return layout
+
+
+class PackedLinear(nn.Module):
+    """A linear map stored as `form.tensors(name)`, for inference: nothing in it is trained.
+
+    The codes go by the name `weight`, so that a loader that expects a dense weight stops at its shape instead
+    of filling in random numbers. `share_tables` completes layers with tables, all of a model together.
+    """
+
+    def __init__(self, form: Form, name: str = ""):
+        super().__init__()
+        self.form, self.in_features, self.out_features = form, form.inputs, form.outputs
+        for key, (dtype, shape) in form.tensors(name).items():
+            self.register_buffer(key, torch.zeros(shape, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(form.outputs), requires_grad=False) if form.bias else None
+        self.owner: tuple[PackedLinear, ...] = ()  # who stores the table; a tuple, so no submodule
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moves to a device follow the model; casts leave what is stored as fp16 alone (seen as int16)."""
+        return super()._apply(lambda t: fn(t) if isinstance(t, nn.Parameter) or not t.is_floating_point()
+                              else fn(t.view(torch.int16)).view(t.dtype), recurse)
+
+    def codebook(self) -> Codebook:
+        """The codebook in fp32."""
+        device = self.weight.device
+        if self.form.kind == "step":
+            return scalar().to(device)
+        if self.form.kind == "table":
+            return TableCodebook(self.owner[0].table.float().to(device))
+        return AffineCodebook(self.A.float(), self.b.float(), self.form.levels)
+
+    def codes(self) -> Tensor:
+        """Codebook index of every vector, int64 [out, vectors]."""
+        return unpack_bits(self.weight, self.form.bits, self.form.vectors)
+
+    def scale(self) -> Tensor:
+        """Row scales r, fp32 [out]."""
+        return self.row_scale.float() * 2.0**self.form.exponent
+
+    def signs(self, side: str) -> Tensor | None:
+        """-1 and +1, fp32 [in] or [out], for side "in" or "out"; None where it is not rotated."""
+        packed = getattr(self, f"signs_{side}", None)
+        width = self.form.inputs if side == "in" else self.form.outputs
+        return None if packed is None else 2.0 * unpack_bits(packed[None], 1, width)[0] - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in the dtype of x."""
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.float() * self.col_scale.float()
+            if (signs := self.signs("in")) is not None:
+                h = rotate(h, signs)
+            y = self.product(F.pad(h, (0, -h.shape[-1] % self.form.dim))) * self.scale()
+            if (signs := self.signs("out")) is not None:
+                y = unrotate(y, signs)
+            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def product(self, h: Tensor) -> Tensor:
+        """D h, where the work is: h fp32 [..., in, padded to vectors] -> fp32 [..., out]."""
+        return torch.cat([h @ rows.T for rows in self._decoded_rows()], dim=-1)
+
+    def _decoded_rows(self) -> Iterator[Tensor]:
+        book = self.codebook()
+        words = book.codewords() if self.form.bits <= 8 else None
+        for part in self.weight.split(ROWS):
+            index = unpack_bits(part, self.form.bits, self.form.vectors)
+            yield (book.decode(index) if words is None else F.embedding(index, words)).flatten(1)
+
+    def extra_repr(self) -> str:
+        form = self.form
+        return f"in={form.inputs}, out={form.outputs}, {form.kind}, d={form.dim}, {form.bits} bits a vector"
+
+
+def share_tables(layers: dict[str, PackedLinear]) -> None:
+    """Point every table layer at the one that stores its table. layers: all of a model, by name."""
+    for layer in layers.values():
+        if layer.form.kind == "table":
+            layer.owner = (layers[layer.form.owner],)
