@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     common(compare)
     compare.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
     compare.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
-    compare.add_argument("--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 204800)")
+    compare.add_argument("--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 61440)")
     compare.add_argument("--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)")
     compare.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run's folder")
     compare.add_argument("--save", action="store_true", help="renew results/compare.json, figures/compare.svg and the README's\n"

@@ -68,11 +68,11 @@ ARMS = (
 class Budget:
     """What every arm gets. Tokens; `window` tokens a sequence, `batch` sequences a step."""
 
-    train_tokens: int = 204_800
+    train_tokens: int = 61_440
     calibration_tokens: int = 32_768
     eval_tokens: int = 16_384
     window: int = 256
-    batch: int = 8
+    batch: int = 4
 
     @property
     def steps(self) -> int:

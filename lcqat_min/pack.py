@@ -132,7 +132,7 @@ def check(file: Path, settings: dict) -> dict[str, Form]:
     try:
         forms = {name: Form(**form) for name, form in settings["layers"].items()}
         layouts = {name: form.tensors(name) for name, form in forms.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file.parent / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
     try:
         with safe_open(file, framework="pt") as stored:

@@ -21,14 +21,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lcqat_min.compare import ARMS, Arm, Budget, Lab, describe, read_results, start, write_json
+from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
 from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
-LATENTS, SIDE = (0.003, 0.01, 0.03), (1e-3, 3e-3)  # 3 x 2 settings
-SIDE_ALONE = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3)  # as many for arms without latents
+LATENTS, SIDE = (0.0003, 0.001, 0.003), (3e-3, 1e-2)  # 3 x 2 settings
+LATENTS_ON_CODES = (0.003, 0.01, 0.03)  # latents that start on the codes are half a bin from any boundary
+SIDE_ALONE = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)  # as many for arms without latents
 SHARES = (16, 8, 4, 2, 1)
+EVAL_TOKENS = 8192
 TRAINED = {arm.name: arm for arm in ARMS if arm.quant is not None and arm.rates is not None}
 
 
@@ -36,8 +39,9 @@ def rate_settings(arm: Arm) -> list[dict[str, float]]:
     """The six settings that the search tries for an arm."""
     if arm.quant.codebook == "table":
         return [{"lr_scales": side, "lr_codebooks": side} for side in SIDE_ALONE]
+    grid = LATENTS_ON_CODES if arm.quant.start_on_codes else LATENTS
     return [{"lr_latents": latents, "lr_scales": side, "lr_codebooks": side}
-            for latents, side in itertools.product(LATENTS, SIDE)]
+            for latents, side in itertools.product(grid, SIDE)]
 
 
 def switches() -> dict[str, Arm]:
@@ -81,7 +85,7 @@ def main() -> None:
     device, budget = choose_device(args.device), Budget()
     teacher, tokenizer = load(BUNDLED, device)
     lab = Lab(teacher, tokenizer, load_text("docstrings", tokenizer), budget, device)
-    ids = lab.text.validation if args.study == "rates" else lab.text.test
+    ids = (lab.text.validation if args.study == "rates" else lab.text.test)[:EVAL_TOKENS]
     path = ROOT / "results" / f"{args.study}.json"
     todo = [run for run in runs(args.study, args.seeds) if run[1].name in args.arms]
     begun: tuple | None = None  # runs that share an arm and a seed share its start
@@ -91,13 +95,12 @@ def main() -> None:
         clock = time.perf_counter()
         if begun is None or begun[0] != (arm.quant, key["seed"]):
             model = start(lab, arm, key["seed"])
-            begun = (arm.quant, key["seed"]), model, lab.score(model, ids)
+            begun = (arm.quant, key["seed"]), model, kl_to(teacher, model, ids, budget.window)
         model = copy.deepcopy(begun[1])
         steps = max(1, budget.steps // share)
         history = train(model, lab.batches(key["seed"]), TrainConfig(steps=steps, **rates), teacher)
-        (_, kl_ptq), (ppl, kl) = begun[2], lab.score(model, ids)
-        row = {**key, "tokens": history[-1]["tokens"], "kl_ptq": kl_ptq, "kl_qat": kl, "ppl_qat": ppl,
-               "code_flips": history[-1]["flips"], "seconds": time.perf_counter() - clock}
+        kl_ptq, kl = begun[2], kl_to(teacher, model, ids, budget.window)
+        row = {**key, "tokens": history[-1]["tokens"], "kl_ptq": kl_ptq, "kl_qat": kl, "code_flips": history[-1]["flips"], "seconds": time.perf_counter() - clock}
         write_json(path, {"meta": describe({"budget": asdict(budget)}), "rows": [*rows_of(path), row]})
         tqdm.write(f"{key}  KL {kl_ptq:.4f} -> {kl:.4f}  flips {history[-1]['flips']:.2%}")
 

@@ -1,8 +1,9 @@
-"""The trained layers against slow, obvious versions: Hadamard matrices, loops over vectors, gradients by hand.
+"""The trained layers against slow, obvious versions: Hadamard matrices, loops, gradients by hand.
 
-Checked: the forward pass for every kind, rotation and odd width; starting latents round to their codes whatever the
-targets, and equal a bit's margin; the scalar grid inside the lattice inside the planes; every gradient against the
-chain rule and finite differences; LSQ's step gradient; dtypes, autocast, copies; error messages.
+Checked: the forward pass for every kind, rotation and odd width; starting latents round to their codes
+whatever the targets, and equal a bit's margin; the scalar grid inside the lattice inside the planes; every
+gradient against the chain rule and finite differences; LSQ's step gradient; dtypes, autocast, copies;
+error messages.
 """
 
 import copy
@@ -54,7 +55,8 @@ def some_layer(
     rounded = some_rounded(some_codebook(kind, d, generator), rows, width, generator)
     signs_in = None if rotate == "none" else random_signs(width, generator)
     signs_out = random_signs(rows, generator) if rotate == "both" else None
-    common = (width, rows, rounded, torch.randn(rows, generator=generator) if bias else None, signs_in, signs_out)
+    biases = torch.randn(rows, generator=generator) if bias else None
+    common = (width, rows, rounded, biases, signs_in, signs_out)
     if kind == "step":
         layer = StepLinear(*common)
     elif kind == "table":
@@ -125,7 +127,7 @@ def test_forward_is_the_dense_formula(kind, d, rotate, generator):
 
 
 @pytest.mark.parametrize("levels", [2, 4])
-@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.0, 0.3, 3.0, 1e6]), d=st.sampled_from([1, 2, 3, 4]),
+@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.0, 0.3, 3.0, 1e6]), d=st.integers(1, 4),
        on_codes=st.booleans())
 def test_starting_latents_round_to_their_codes(levels, seed, spread, d, on_codes):
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +177,8 @@ def test_a_scalar_latent_is_the_weight_in_bins(generator):
     rounded = Rounded(book, book.encode(weights.mT).view(1, -1), torch.ones(1), weights, torch.zeros(1))
     u = starting_latents(rounded).flatten()
     in_bins = weights.flatten() / 0.8 + 1.5
-    far_from_edges = ((in_bins - in_bins.floor() - 0.5).abs() > MARGIN / 2) & (in_bins > -0.4) & (in_bins < 3.4)
+    from_edge = (in_bins - in_bins.floor() - 0.5).abs()
+    far_from_edges = (from_edge > MARGIN / 2) & (in_bins > -0.4) & (in_bins < 3.4)
     assert far_from_edges.sum() > 20
     torch.testing.assert_close(u[far_from_edges], in_bins[far_from_edges], rtol=0, atol=1e-5)
     assert ((u - in_bins).abs() < 0.95).all()
@@ -248,7 +251,8 @@ def test_gradients_are_the_chain_rule(kind, d, estimator, generator):
     }
     assert set(expected) == {name for name, _ in layer.named_parameters()}
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad.double(), expected[name].detach(), rtol=1e-3, atol=1e-4, msg=name)
+        found, wanted = parameter.grad.double(), expected[name].detach()
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("kind", "d"), SMOOTH)
@@ -281,7 +285,7 @@ def test_step_gradient_is_that_of_lsq(generator):
     layer, _ = some_layer("step", 1, rows, width, "none", generator)
     with torch.no_grad():
         layer.col_scale.fill_(1)
-        layer.latent.copy_(layer.row_scale[:, None] * torch.linspace(-2.6, 2.6, width))  # |w / r| > 2 is outside
+        layer.latent.copy_(layer.row_scale[:, None] * torch.linspace(-2.6, 2.6, width))  # beyond 2: outside
     x, upstream = torch.randn(4, width, generator=generator), torch.randn(4, rows, generator=generator)
     layer(x).backward(upstream)
     g = upstream.T @ x
@@ -291,8 +295,9 @@ def test_step_gradient_is_that_of_lsq(generator):
             u = (layer.latent[i, j] / layer.row_scale[i]).item()
             q = min(max(round(u + 1.5), 0), 3) - 1.5
             inside = abs(u) <= 2
-            total += g[i, j].item() * (q - u if inside else 1.5 if u > 0 else -1.5)
-            assert layer.latent.grad[i, j].item() == pytest.approx(g[i, j].item() if inside else 0.0, rel=1e-5)
+            here = g[i, j].item()
+            total += here * (q - u if inside else 1.5 if u > 0 else -1.5)
+            assert layer.latent.grad[i, j].item() == pytest.approx(here if inside else 0.0, rel=1e-5)
         assert layer.row_scale.grad[i].item() == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 

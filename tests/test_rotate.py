@@ -1,8 +1,8 @@
 """Block-Hadamard rotation against a dense matrix whose entries come from a formula, not from the recursion.
 
 Checked: entries, orthonormality and symmetry of H; `mix`, `rotate` and `unrotate` against dense
-block-diagonal matrices in float64; the way back for any width; a layer that computes the same after both sides
-were rotated; signs; the spread of an outlier; gradients after an evaluation; error messages.
+block-diagonal matrices in float64; the way back for any width; a layer that computes the same after both
+sides were rotated; signs; the spread of an outlier; gradients after an evaluation; error messages.
 """
 
 import pytest

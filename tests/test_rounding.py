@@ -46,7 +46,7 @@ def test_forward_is_the_nearest_level_whatever_the_estimator(values, top):
 
 @pytest.mark.parametrize(
     ("r", "expected"),
-    [(0.0, 0.2), (1.0, 0.2), (0.3, 0.4163), (0.45, 1.2619), (0.49, 3.0), (0.5, 3.0)],  # 4.57 at 0.49, unclamped
+    [(0.0, 0.2), (1.0, 0.2), (0.3, 0.4163), (0.45, 1.2619), (0.49, 3.0), (0.5, 3.0)],  # 4.57 unclamped
 )
 @pytest.mark.parametrize("cell", [0, 1, 2])
 def test_dge_at_documented_places(r, expected, cell):

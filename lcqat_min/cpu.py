@@ -1,0 +1,148 @@
+"""Products with packed weights in plain torch: for CPUs, and for any device without Triton.
+
+    y = D x        D = decode(codes) [out, in] is never whole: at most CHUNK weights of it exist at a time
+
+A byte of codes holds four weights (2 bits each). Two ways from bytes to a product, both exact in fp32:
+
+table    One lookup of 16 bytes, four fp32 weights, for each byte; then a dense product with the chunk. The
+         lookup costs the same for every codebook that fills whole bytes, and is shared by all rows of x.
+planes   Linearity instead of lookups. With D = A q + b for each vector, and x_g the inputs of vector g,
+
+             y = sum_g (A q_g + b)^T x_g = sum_g q_g^T (A^T x_g)  +  sum_g b^T x_g
+
+         so A is folded into x once, for all rows, and digit j of every byte makes a plane: a matrix of small
+         numbers that multiplies its own slice of A^T x. To take out a digit, one AND with a mask is enough:
+         it stays where it is in the byte, 2^s times too large, and x pays for that with a factor 2^-s.
+
+Four-level codes have four planes a byte; two-level codes have eight, twice the work. So four levels go by
+planes while x has few rows, all else by table.
+
+`compiled=True` hands the planes to torch.compile: bytes are read once and no plane is ever written. It needs
+a C++ compiler and compiles for seconds at the first call.
+
+Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-written kernels (T-MAC).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .codebook import AffineCodebook, Codebook, TableCodebook, digits_of, index_of
+
+CHUNK = 1 << 19  # weights decoded at a time: 2 MiB of fp32, about a core's second-level cache
+FEW_ROWS = 16  # of x: up to here a product is cheaper than decoding
+
+
+def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) -> Tensor:
+    """D x: x fp32 [M, in], codes uint8 [out, bytes] -> fp32 [M, out], without gradient.
+
+    compiled: run products of few rows through torch.compile (affine codebooks only).
+    """
+    few = len(x) <= FEW_ROWS and isinstance(book, AffineCodebook)
+    with torch.no_grad():
+        if few and compiled:
+            folded, constant = fold(x, codes.shape[1], book)
+            return _compiled_planes()(folded, codes, 8 // folded.shape[0]).add_(constant[:, None])
+        if few and (book.levels == 4 or not _whole_bytes(book)):
+            return _by_planes(x, codes, book)
+        return _by_decoding(x, codes, book)
+
+
+def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
+    """Codes uint8 [rows, bytes] -> weights fp32 [rows, columns], without scales."""
+    vectors = -(-columns // book.dim)
+    if _whole_bytes(book):
+        return _lookup(byte_table(book), codes).flatten(1)[:, :columns]
+    levels = 2 if isinstance(book, TableCodebook) else book.levels
+    digits = F.embedding(codes.int(), _byte_digits(levels, codes.device)).flatten(1)
+    count = book.bits // (levels.bit_length() - 1)
+    digits = digits[:, : vectors * count].unflatten(1, (vectors, count))
+    weights = book.decode(index_of(digits, 2)) if isinstance(book, TableCodebook) else digits @ book.A.T + book.b
+    return weights.flatten(1)[:, :columns]
+
+
+def fold(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tensor]:
+    """A folded into x: x fp32 [M, in] -> fp32 [planes, M, bytes] for masked digits, and a constant [M].
+
+    A digit j of `levels` at shift s in its byte is c_j = (byte & mask_j) / 2^s = 0 ... levels - 1, and
+    q_j = alpha c_j - beta, so  sum_j q_j x'_j = sum_j (alpha 2^-s x'_j) (byte & mask_j) - beta sum_j x'_j.
+    """
+    planes = 4 if book.levels == 4 else 8
+    alpha, beta = (1.0, 1.5) if book.levels == 4 else (2.0, 1.0)
+    vectors = F.pad(x, (0, -x.shape[1] % book.dim)).unflatten(1, (-1, book.dim))
+    digits = (vectors @ book.A).flatten(1)
+    constant = (vectors @ book.b).sum(1) - beta * digits.sum(1)
+    digits = F.pad(digits, (0, row_bytes * planes - digits.shape[1])).view(len(x), row_bytes, planes)
+    shifts = 8 // planes * torch.arange(planes - 1, -1, -1, device=x.device)
+    return (digits * (alpha * 0.5**shifts)).permute(2, 0, 1).contiguous(), constant
+
+
+def byte_table(book: Codebook) -> Tensor:
+    """The four weights of every byte, fp32 [256, 4], for codebooks that fill whole bytes at 2 bits a weight."""
+    shifts = torch.arange(8 - book.bits, -1, -book.bits, device=_device(book))
+    index = torch.arange(256, device=_device(book))[:, None] >> shifts & (1 << book.bits) - 1
+    return book.decode(index).reshape(256, 4)
+
+
+def _by_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
+    folded, constant = fold(x, codes.shape[1], book)
+    y = constant.repeat(len(codes), 1)
+    rows = max(1, CHUNK // (4 * codes.shape[1]))
+    digit = torch.empty_like(codes[:rows])
+    plane = torch.empty(digit.shape, device=x.device)
+    for first in range(0, len(codes), rows):
+        part = codes[first : first + rows]
+        for mask, slice_ in zip(_masks(len(folded)), folded, strict=True):
+            torch.bitwise_and(part, mask, out=digit[: len(part)])
+            y[first : first + rows].addmm_(plane[: len(part)].copy_(digit[: len(part)]), slice_.T)
+    return y.T
+
+
+def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
+    rows = max(1, CHUNK // (4 * codes.shape[1]))
+    parts = [F.linear(x, decode(part, book, x.shape[1])) for part in codes.split(rows)]
+    return torch.cat(parts, dim=1)
+
+
+def _lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes]: fp32 [256, 4] by uint8 [rows, bytes] -> fp32 [rows, bytes, 4]."""
+    if codes.device.type != "cpu":
+        return F.embedding(codes.int(), table)
+    # As one 16-byte number each, four weights are copied at once: 3 times faster than a row of four floats.
+    entries = table.view(torch.complex128).squeeze(1)
+    return entries.index_select(0, codes.flatten().int()).view(torch.float32).view(*codes.shape, 4)
+
+
+def _planes(folded: Tensor, codes: Tensor, width: int) -> Tensor:
+    y = 0
+    for mask, slice_ in zip(_masks(8 // width), folded, strict=True):
+        y = y + (codes & mask).float() * slice_[:, None]
+    return y.sum(-1)
+
+
+@lru_cache(maxsize=1)
+def _compiled_planes():
+    return torch.compile(_planes)
+
+
+def _masks(planes: int) -> list[int]:
+    width = 8 // planes
+    return [((1 << width) - 1) << 8 - width * (j + 1) for j in range(planes)]
+
+
+def _whole_bytes(book: Codebook) -> bool:
+    return 8 % book.bits == 0
+
+
+@lru_cache(maxsize=8)
+def _byte_digits(levels: int, device: torch.device) -> Tensor:
+    """Digits of every byte, fp32 [256, 4 or 8]."""
+    return digits_of(torch.arange(256, device=device), 4 if levels == 4 else 8, levels)
+
+
+def _device(book: Codebook) -> torch.device:
+    return (book.table if isinstance(book, TableCodebook) else book.A).device
