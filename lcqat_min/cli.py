@@ -2,7 +2,8 @@
 
     compare     every way to 2 bits on one model: the table, the picture, sample texts
 
-Mistakes of the caller (unknown names, missing files or devices, unusable text) end in one line on stderr and exit code 2.
+Mistakes of the caller (unknown names, missing files or devices, unusable text) end in one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -31,28 +32,49 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    top = argparse.ArgumentParser(prog="python -m lcqat_min", description="2-bit vector-quantization-aware training, small "
-                                  "enough to read. Everything works offline with the bundled model and text.")
+    top = argparse.ArgumentParser(
+        prog="python -m lcqat_min",
+        description="2-bit vector-quantization-aware training, small "
+        "enough to read. Everything works offline with the bundled model and text.",
+    )
     verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB")
-    compare = verbs.add_parser("compare", help="every way to 2 bits on one model", formatter_class=argparse.RawTextHelpFormatter,
-                               description=_compare_help())
+    compare = verbs.add_parser(
+        "compare",
+        help="every way to 2 bits on one model",
+        formatter_class=argparse.RawTextHelpFormatter,
+        description=_compare_help(),
+    )
     common(compare)
     compare.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
     compare.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
-    compare.add_argument("--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 61440)")
-    compare.add_argument("--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)")
+    compare.add_argument(
+        "--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 61440)"
+    )
+    compare.add_argument(
+        "--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)"
+    )
     compare.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run's folder")
-    compare.add_argument("--save", action="store_true", help="renew results/compare.json, figures/compare.svg and the README's\n"
-                         "table (for the results that are committed)")
+    compare.add_argument(
+        "--save",
+        action="store_true",
+        help="renew results/compare.json, figures/compare.svg and the README's\n"
+        "table (for the results that are committed)",
+    )
     compare.set_defaults(run=run_compare)
     return top
 
 
 def common(verb: argparse.ArgumentParser) -> None:
     """Options that several verbs share."""
-    verb.add_argument("--model", default=None, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)")
-    verb.add_argument("--text", default="docstrings", metavar="SOURCE", help="docstrings (offline), wikitext2, or a text file or\n"
-                      "folder (default: docstrings)")
+    verb.add_argument(
+        "--model", default=None, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)"
+    )
+    verb.add_argument(
+        "--text",
+        default="docstrings",
+        metavar="SOURCE",
+        help="docstrings (offline), wikitext2, or a text file or\nfolder (default: docstrings)",
+    )
     verb.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
 
 
@@ -60,8 +82,10 @@ def _compare_help() -> str:
     from .compare import ARMS
 
     arms = "\n".join(f"  {arm.name:<15}{arm.what}" for arm in ARMS)
-    return ("Quantize one language model to 2 bits in every way, train each for the same tokens, and print one table.\n"
-            "A run writes to runs/<time>/ and shows its figures beside the committed ones.\n\narms:\n" + arms)
+    return (
+        "Quantize one language model to 2 bits in every way, train each for the same tokens, and print one table.\n"
+        "A run writes to runs/<time>/ and shows its figures beside the committed ones.\n\narms:\n" + arms
+    )
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -80,7 +104,9 @@ def run_compare(args: argparse.Namespace) -> int:
     name = args.model or f"models/{BUNDLED.name}"
     folder = args.resume or ROOT / "runs" / time.strftime("%Y-%m-%d_%H%M%S")
     if args.resume and not (folder / "compare.json").exists():
-        raise ValueError(f"nothing to resume: {folder / 'compare.json'} does not exist. Leave --resume out to start a run.")
+        raise ValueError(
+            f"nothing to resume: {folder / 'compare.json'} does not exist. Leave --resume out to start a run."
+        )
     results = Results(folder / "compare.json", settings(arms, budget, name, args.text, args.prompt))
     print(f"{name} on {device}: {len(arms)} arms, seeds {args.seeds}, {budget}\nwriting to {folder}", flush=True)
     teacher, tokenizer = load(args.model or BUNDLED, device)
@@ -120,8 +146,14 @@ def _run_arms(lab, arms: list, seeds: list[int], prompt: str, results, folder: P
     for number, (arm, seed) in enumerate(todo, start=1):
         steps = lab.budget.steps if arm.rates is not None else 0
         checkpoint = folder / f"{arm.name}-{seed}.safetensors"
-        with tqdm(total=steps, desc=f"[{number}/{len(todo)}] {arm.name} seed {seed}", disable=quiet, unit="step") as bar:
-            row, model, history = run_arm(lab, arm, seed, ppl_fp, checkpoint, lambda step, loss: bar.update(step + 1 - bar.n))
-            bar.set_postfix_str(f"KL {row['kl_ptq']:.4f}" + (f" -> {row['kl_qat']:.4f}" if row["kl_qat"] is not None else ""))
+        with tqdm(
+            total=steps, desc=f"[{number}/{len(todo)}] {arm.name} seed {seed}", disable=quiet, unit="step"
+        ) as bar:
+            row, model, history = run_arm(
+                lab, arm, seed, ppl_fp, checkpoint, lambda step, loss: bar.update(step + 1 - bar.n)
+            )
+            bar.set_postfix_str(
+                f"KL {row['kl_ptq']:.4f}" + (f" -> {row['kl_qat']:.4f}" if row["kl_qat"] is not None else "")
+            )
         results.add(row, history, continue_text(lab, model, prompt) if seed == seeds[0] else None)
         checkpoint.unlink(missing_ok=True)

@@ -53,14 +53,42 @@ ARMS = (
     Arm("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
     Arm("rtn", "scalar, rounded plainly", replace(_SQ, codebook="scalar", feedback=False)),
     Arm("gptq", "scalar, rounded with error feedback", replace(_SQ, codebook="scalar")),
-    Arm("sq-paretoq", "scalar QAT from its published start: step = row maximum / 2", replace(_SQ, feedback=False, scale="max"),
-        {"lr_latents": 0.01}),
-    Arm("sq", "scalar QAT from the start with error feedback", _SQ, {"lr_latents": 0.01}),
-    Arm("lcqat-release", "scalar grid, rotated, frozen codebook, DGE gradient",
-        replace(_LCQAT, codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True), {"lr_latents": 0.01}),
-    Arm("lcqat-paper", "4-D integer lattice, rotated, A and b learned", replace(_LCQAT, codebook="lattice"), {"lr_latents": 0.01}),
-    Arm("lcqat-planes", "untied bit-planes, rotated, A and b learned", _LCQAT, {"lr_latents": 0.01}),
-    Arm("free-vq", "256-entry table, rotated, codes frozen, table learned", replace(_LCQAT, codebook="table"), {}),
+    Arm(
+        "sq-paretoq",
+        "scalar QAT from its published start: step = row maximum / 2",
+        replace(_SQ, feedback=False, scale="max"),
+        {"lr_latents": 0.003, "lr_scales": 0.01, "lr_codebooks": 0.01},
+    ),
+    Arm(
+        "sq",
+        "scalar QAT from the start with error feedback",
+        _SQ,
+        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Arm(
+        "lcqat-release",
+        "scalar grid, rotated, frozen codebook, DGE gradient",
+        replace(_LCQAT, codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True),
+        {"lr_latents": 0.003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Arm(
+        "lcqat-paper",
+        "4-D integer lattice, rotated, A and b learned",
+        replace(_LCQAT, codebook="lattice"),
+        {"lr_latents": 0.0003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Arm(
+        "lcqat-planes",
+        "untied bit-planes, rotated, A and b learned",
+        _LCQAT,
+        {"lr_latents": 0.0003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Arm(
+        "free-vq",
+        "256-entry table, rotated, codes frozen, table learned",
+        replace(_LCQAT, codebook="table"),
+        {"lr_scales": 0.002, "lr_codebooks": 0.002},
+    ),
 )
 
 
@@ -116,8 +144,14 @@ def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:
     return model
 
 
-def run_arm(lab: Lab, arm: Arm, seed: int, ppl_fp: float, checkpoint: Path | None = None,
-            on_step: Callable[[int, float], None] | None = None) -> tuple[dict, nn.Module, list[dict]]:
+def run_arm(
+    lab: Lab,
+    arm: Arm,
+    seed: int,
+    ppl_fp: float,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[dict, nn.Module, list[dict]]:
     """Quantize, score, train, score: the row of the results, the model and the training history."""
     clock = time.perf_counter()
     model = start(lab, arm, seed)
@@ -129,8 +163,14 @@ def run_arm(lab: Lab, arm: Arm, seed: int, ppl_fp: float, checkpoint: Path | Non
     if arm.rates is not None:
         clock = time.perf_counter()
         config = TrainConfig(steps=lab.budget.steps, **arm.rates)
-        history = train(model, lab.batches(seed), config, lab.teacher if arm.teacher else None, checkpoint=checkpoint,
-                        on_step=on_step)
+        history = train(
+            model,
+            lab.batches(seed),
+            config,
+            lab.teacher if arm.teacher else None,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
         row["seconds_qat"] = time.perf_counter() - clock
         row["ppl_qat"], row["kl_qat"] = lab.score(model)
         row["code_flips"], row["tokens"] = history[-1]["flips"], history[-1]["tokens"]
@@ -141,9 +181,14 @@ def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> 
     """Greedy continuation of a prompt."""
     ids = lab.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(lab.device)
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                             pad_token_id=lab.tokenizer.eos_token_id)
-    return lab.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=lab.tokenizer.eos_token_id,
+        )
+    return lab.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 class Results:
@@ -154,8 +199,10 @@ class Results:
         if path.exists():
             self.data = read_results(path)
             if self.data["meta"]["config"] != config:
-                raise ValueError(f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
-                                 "Resume with the same ones, or start a new run.")
+                raise ValueError(
+                    f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
+                    "Resume with the same ones, or start a new run."
+                )
         else:
             self.data = {"meta": describe(config), "rows": [], "curves": {}, "samples": {}}
 
@@ -167,7 +214,8 @@ class Results:
         """Take in a finished arm and write the file."""
         self.data["rows"].append(row)
         self.data["curves"][f"{row['arm']}/{row['seed']}"] = [
-            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history]
+            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history
+        ]
         if sample is not None:
             self.data["samples"][row["arm"]] = sample
         write_json(self.path, self.data)
@@ -180,8 +228,9 @@ def read_results(path: Path) -> dict:
         data["rows"], data["meta"]  # a results file has both
         return data
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read results from {path} ({type(error).__name__}: {error}). Run `make compare` to make "
-                         "them again.") from error
+        raise ValueError(
+            f"cannot read results from {path} ({type(error).__name__}: {error}). Run `make compare` to make them again."
+        ) from error
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -196,17 +245,37 @@ def describe(config: dict) -> dict:
     """The birth certificate of a result: settings, commit, versions, machine, date."""
     import transformers
 
-    return {"config": config, "commit": _commit(), "date": time.strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
-            "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
-                        "threads": torch.get_num_threads()}}
+    return {
+        "config": config,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
 
 
 def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str) -> dict:
     """All that decides a result, as plain JSON values."""
-    return json.loads(json.dumps({"model": model, "text": text, "budget": asdict(budget), "prompt": prompt,
-                                  "arms": {arm.name: asdict(arm) for arm in arms}}))
+    return json.loads(
+        json.dumps(
+            {
+                "model": model,
+                "text": text,
+                "budget": asdict(budget),
+                "prompt": prompt,
+                "arms": {arm.name: asdict(arm) for arm in arms},
+            }
+        )
+    )
 
 
 def peak_mb(device: torch.device) -> float | None:
@@ -224,7 +293,9 @@ def peak_mb(device: torch.device) -> float | None:
 def _commit() -> str | None:
     try:
         root = Path(__file__).resolve().parents[1]
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -6,8 +6,8 @@
 
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the
-output head (it shares its weight with the embeddings in most small models), and layers whose name contains
-one of `config.skip`.
+output head (it shares its weight with the embeddings in most small models), experts that are fused into one
+3-d parameter, and layers whose name contains one of `config.skip`.
 
 Steps for each layer: second moments of its inputs from the unquantized model; rotate W and H; pad the inputs
 to whole vectors; fit a codebook to the weights, each row divided by its root mean square; round with

@@ -23,13 +23,18 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise ValueError(f"device {name!r} is not supported: second moments need float64, which it may lack. Use cpu or cuda.")
+        raise ValueError(
+            f"device {name!r} is not supported: second moments need float64, which it may lack. Use cpu or cuda."
+        )
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this torch finds no CUDA device. Use --device cpu, or install "
-                         "a CUDA build of torch.")
+        raise ValueError(
+            f"device {name!r} was asked for, but this torch finds no CUDA device. Use --device cpu, or install "
+            "a CUDA build of torch."
+        )
     if (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices, "
-                         "counted from 0")
+        raise ValueError(
+            f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     return device
 
 
@@ -51,8 +56,10 @@ def _why(name: str | Path, error: Exception) -> str:
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (path / file).is_file()]
         reason = f"it lacks {' and '.join(missing)}" if missing else f"transformers says: {_first_line(error)}"
         return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
-    return (f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
-            f"cache ({_first_line(error)}). Check the name, or leave --model out for the bundled {BUNDLED.name}.")
+    return (
+        f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
+        f"cache ({_first_line(error)}). Check the name, or leave --model out for the bundled {BUNDLED.name}."
+    )
 
 
 def _first_line(error: Exception) -> str:

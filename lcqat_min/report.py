@@ -44,9 +44,18 @@ def table(data: dict) -> str:
     what = {name: arm["what"] for name, arm in data["meta"]["config"]["arms"].items()}
     lines = [head, ["---"] * len(head)]
     for arm, rows in by_arm(data["rows"]).items():
-        lines.append([f"`{arm}`", what[arm], cell(rows[:1], "bits_per_weight", ".3f"), cell(rows, "ppl_ptq", ".2f"),
-                      cell(rows, "ppl_qat", ".2f"), cell(rows, "kl_ptq", ".4f"), cell(rows, "kl_qat", ".4f"),
-                      cell(rows, "code_flips", ".1%")])
+        lines.append(
+            [
+                f"`{arm}`",
+                what[arm],
+                cell(rows[:1], "bits_per_weight", ".3f"),
+                cell(rows, "ppl_ptq", ".2f"),
+                cell(rows, "ppl_qat", ".2f"),
+                cell(rows, "kl_ptq", ".4f"),
+                cell(rows, "kl_qat", ".4f"),
+                cell(rows, "code_flips", ".1%"),
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -55,27 +64,30 @@ def caption(data: dict) -> str:
     config, meta = data["meta"]["config"], data["meta"]
     seeds, budget = sorted({row["seed"] for row in data["rows"]}), config["budget"]
     tokens = max(row["tokens"] for row in data["rows"])
-    return (f"Model `{config['model']}`, text `{config['text']}`, {tokens:,} training tokens an arm, "
-            f"{budget['calibration_tokens']:,} for calibration, {budget['eval_tokens']:,} of test text, windows of "
-            f"{budget['window']}; seeds {', '.join(map(str, seeds))}: mean (least to most); KL in nats a token to the "
-            f"unquantized model. Made on {meta['date']} with torch {meta['versions']['torch']} on "
-            f"{meta['machine']['cores']} CPU cores, {meta['machine']['processor']}.")
+    return (
+        f"Model `{config['model']}`, text `{config['text']}`, {tokens:,} training tokens an arm, "
+        f"{budget['calibration_tokens']:,} for calibration, {budget['eval_tokens']:,} of test text, windows of "
+        f"{budget['window']}; seeds {', '.join(map(str, seeds))}: mean (least to most); KL in nats a token to the "
+        f"unquantized model. Made on {meta['date']} with torch {meta['versions']['torch']} on "
+        f"{meta['machine']['cores']} CPU cores, {meta['machine']['processor']}."
+    )
 
 
 def beside(new: dict, committed: dict) -> str:
     """The figures of a run next to the committed ones, for the terminal."""
     old = by_arm(committed["rows"])
-    lines = [f"{'':<15}{'':>6}{'KL after PTQ':^32}{'KL after QAT':^32}\n"
-             f"{'arm':<15}{'bits':>6}{'now':>9} {'committed':<22}{'now':>9} {'committed':<22}{'perplexity':>11}{'seconds':>9}"]
+    names = ("arm", "bits", "now", "committed", "now", "committed", "perplexity", "seconds")
+    widths = "{:<15}{:>6}{:>9} {:<27}{:>9} {:<27}{:>11}{:>9}"
+    lines = [f"{'':<21}{'KL after PTQ':^37}{'KL after QAT':^37}".rstrip(), widths.format(*names)]
     for arm, rows in by_arm(new["rows"]).items():
-        last = "ppl_qat" if rows[0]["ppl_qat"] is not None else "ppl_ptq"
-        seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for row in rows) / len(rows)
         pairs = []
         for key in ("kl_ptq", "kl_qat"):
             now = spread(rows, key)
-            pairs.append(f"{'-' if now is None else format(now[0], '.4f'):>9} "
-                         f"{cell(old[arm], key, '.4f') if arm in old else '-':<22}")
-        lines.append(f"{arm:<15}{rows[0]['bits_per_weight']:>6.3f}{''.join(pairs)}{spread(rows, last)[0]:>11.2f}{seconds:>9.0f}")
+            pairs += ["-" if now is None else f"{now[0]:.4f}", cell(old[arm], key, ".4f") if arm in old else "-"]
+        last = spread(rows, "ppl_qat") or spread(rows, "ppl_ptq")
+        seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for row in rows) / len(rows)
+        bits = f"{rows[0]['bits_per_weight']:.3f}"
+        lines.append(widths.format(arm, bits, *pairs, f"{last[0]:.2f}", f"{seconds:.0f}"))
     return "\n".join(lines)
 
 
@@ -89,33 +101,56 @@ def picture(data: dict, path: Path) -> None:
         ax.plot(before[1:], [y, y], color=COLOURS["ptq"], lw=6, alpha=0.5, solid_capstyle="butt")
         ax.plot(before[0], y, "o", mfc="white", mec=COLOURS["ptq"], mew=2, ms=9)
         if after is None:
-            ax.annotate(f"{before[0]:.3f}", (before[0], y), (9, 0), textcoords="offset points", va="center", fontsize=8.5,
-                        color="#52606d")
+            ax.annotate(
+                f"{before[0]:.3f}",
+                (before[0], y),
+                (9, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color="#52606d",
+            )
             continue
-        ax.annotate("", (after[0], y), (before[0], y),
-                    arrowprops={"arrowstyle": "-", "color": COLOURS["qat"], "lw": 1.2, "shrinkA": 6, "shrinkB": 5})
+        ax.annotate(
+            "",
+            (after[0], y),
+            (before[0], y),
+            arrowprops={"arrowstyle": "-", "color": COLOURS["qat"], "lw": 1.2, "shrinkA": 6, "shrinkB": 5},
+        )
         ax.plot(after[1:], [y, y], color=COLOURS["qat"], lw=6, alpha=0.4, solid_capstyle="butt")
         ax.plot(after[0], y, "o", color=COLOURS["qat"], ms=9)
-        ax.annotate(f"{after[0]:.3f}", (after[0], y), (-9, 0), textcoords="offset points", va="center", ha="right",
-                    fontsize=8.5, color=COLOURS["qat"])
+        ax.annotate(
+            f"{after[0]:.3f}",
+            (after[0], y),
+            (-9, 0),
+            textcoords="offset points",
+            va="center",
+            ha="right",
+            fontsize=8.5,
+            color=COLOURS["qat"],
+        )
     _finish(ax, data, list(reversed(groups)))
     _save(fig, path)
 
 
 def tokens_picture(data: dict, path: Path) -> None:
-    """Lines: KL after training for less and more tokens, an arm a line; bands span the seeds. Rows of study.py tokens."""
+    """Lines: KL after training for less and more tokens, an arm a line; bands span the seeds (study.py tokens)."""
     import matplotlib.ticker as ticker
 
     plt = _pyplot()
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for (arm, rows), (colour, marker) in zip(by_arm(data["rows"]).items(), ARM_LINES, strict=False):
         tokens = sorted({row["tokens"] for row in rows})
-        mean, least, most = zip(*(spread([row for row in rows if row["tokens"] == t], "kl_qat") for t in tokens), strict=True)
+        mean, least, most = zip(
+            *(spread([row for row in rows if row["tokens"] == t], "kl_qat") for t in tokens), strict=True
+        )
         ax.fill_between(tokens, least, most, color=colour, alpha=0.2, lw=0)
         ax.plot(tokens, mean, color=colour, marker=marker, ms=6, label=arm)
         if arm == "sq":
             ax.axhline(mean[-1], color=colour, lw=0.8, ls=":")
-            ax.annotate("where sq ends", (tokens[0], mean[-1]), (0, -11), textcoords="offset points", fontsize=8.5, color=colour)
+            ax.annotate(
+                "where sq ends", (tokens[0], mean[-1]), (0, -11), textcoords="offset points", fontsize=8.5, color=colour
+            )
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
@@ -154,7 +189,9 @@ def _finish(ax, data: dict, names: list[str]) -> None:
     import matplotlib.ticker as ticker
     from matplotlib.lines import Line2D
 
-    values = [row[key] for row in data["rows"] if row["arm"] != "fp" for key in ("kl_ptq", "kl_qat") if row[key] is not None]
+    values = [
+        row[key] for row in data["rows"] if row["arm"] != "fp" for key in ("kl_ptq", "kl_qat") if row[key] is not None
+    ]
     ax.set_xscale("log")
     ax.set_xlim(min(values) / 1.5, max(values) * 1.3)
     ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -169,9 +206,18 @@ def _finish(ax, data: dict, names: list[str]) -> None:
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("distance to the unquantized model: KL, nats a token (log scale; further left is better)")
     ax.set_title("What 2 bits cost a small language model, and what training brings back", loc="left", fontsize=11.5)
-    ax.legend(handles=[Line2D([], [], marker="o", ls="", mfc="white", mec=COLOURS["ptq"], mew=2, ms=8, label="after rounding (PTQ)"),
-                       Line2D([], [], marker="o", ls="", color=COLOURS["qat"], ms=8, label="after training (QAT)")],
-              loc="upper left", bbox_to_anchor=(0, 0.99), frameon=False, fontsize=8.5)
+    ax.legend(
+        handles=[
+            Line2D(
+                [], [], marker="o", ls="", mfc="white", mec=COLOURS["ptq"], mew=2, ms=8, label="after rounding (PTQ)"
+            ),
+            Line2D([], [], marker="o", ls="", color=COLOURS["qat"], ms=8, label="after training (QAT)"),
+        ],
+        loc="upper left",
+        bbox_to_anchor=(0, 0.99),
+        frameon=False,
+        fontsize=8.5,
+    )
 
 
 def readme_block(data: dict) -> str:

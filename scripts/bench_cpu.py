@@ -2,8 +2,8 @@
 
     python scripts/bench_cpu.py          writes results/bench_cpu.json and prints it
 
-CPU time of one thread (time.process_time) hardly moves when other programs run; wall time does. Each figure is the median
-of interleaved repeats of two things of the same run, so that a slow or a busy machine changes both.
+CPU time of one thread (time.process_time) hardly moves when other programs run; wall time does. Each figure is the
+median of interleaved repeats of two things of the same run, so that a slow or a busy machine changes both.
 
     step        one optimizer step of a Llama of the bundled size, 2048 tokens, over the same step of the plain model
     teacher     the same with the distillation target computed in the step
@@ -33,9 +33,21 @@ from lcqat_min.linear import AffineLinear, Rounded
 from lcqat_min.train import TrainConfig, distillation_loss, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
-BARS = {"step sq": 1.40, "step lcqat-release": 1.40, "step lcqat-paper": 1.40, "step lcqat-planes": 1.60,
-        "teacher sq": 1.9, "teacher lcqat-release": 1.9, "teacher lcqat-paper": 1.9, "teacher lcqat-planes": 2.1,
-        "feedback scalar": 4.0, "feedback lattice": 4.0, "feedback planes": 4.0, "affine lattice": 0.4, "affine planes": 0.4}
+BARS = {
+    "step sq": 1.40,
+    "step lcqat-release": 1.40,
+    "step lcqat-paper": 1.40,
+    "step lcqat-planes": 1.60,
+    "teacher sq": 1.9,
+    "teacher lcqat-release": 1.9,
+    "teacher lcqat-paper": 1.9,
+    "teacher lcqat-planes": 2.1,
+    "feedback scalar": 4.0,
+    "feedback lattice": 4.0,
+    "feedback planes": 4.0,
+    "affine lattice": 0.4,
+    "affine planes": 0.4,
+}
 
 
 def ratio(one: Callable, base: Callable, repeats: int) -> float:
@@ -56,8 +68,17 @@ def small_llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-                                        num_attention_heads=4, tie_word_embeddings=True, max_position_embeddings=512))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            max_position_embeddings=512,
+        )
+    )
 
 
 def step_of(model: nn.Module, x: torch.Tensor, teacher: nn.Module | None, target: torch.Tensor | None) -> Callable:
@@ -106,8 +127,12 @@ def feedback(repeats: int) -> dict[str, float]:
     W, X = torch.randn(1024, 1024, generator=generator), torch.randn(4096, 1024, generator=generator)
     factor = factorize(X.T @ X / len(X))
     scale = row_scales(W, (0.9,))[0]
-    return {f"feedback {name}": ratio(lambda book=book: feedback_round(W, scale, book, factor), lambda: W @ factor.H, repeats)
-            for name, book in books().items()}
+    return {
+        f"feedback {name}": ratio(
+            lambda book=book: feedback_round(W, scale, book, factor), lambda: W @ factor.H, repeats
+        )
+        for name, book in books().items()
+    }
 
 
 def layer_of(name: str, size: int, estimator: str = "ste") -> AffineLinear:
@@ -115,8 +140,9 @@ def layer_of(name: str, size: int, estimator: str = "ste") -> AffineLinear:
     W = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     book, scale = books()[name], torch.ones(size)
     index, target = plain_round(W, scale, book)
-    return AffineLinear(size, size, Rounded(book, index, scale, target, torch.zeros(size)), None, None, None, estimator,
-                        True, False)
+    return AffineLinear(
+        size, size, Rounded(book, index, scale, target, torch.zeros(size)), None, None, None, estimator, True, False
+    )
 
 
 def affine(repeats: int, size: int = 512) -> dict[str, float]:
@@ -155,8 +181,11 @@ def saved(size: int = 1024) -> dict[str, float]:
     x = torch.randn(16, size)
     plain = nn.Linear(size, size, bias=False)
     base = saved_bytes(lambda: plain(x))
-    return {f"saved {name}": (saved_bytes(lambda layer=layer_of(name, size): layer(x)) - base) / (4 * size * size)
-            for name in books()}
+    found = {}
+    for name in books():
+        layer = layer_of(name, size)
+        found[f"saved {name}"] = (saved_bytes(lambda layer=layer: layer(x)) - base) / (4 * size * size)
+    return found
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     python scripts/study.py rates      six settings of the learning rates for each trained arm, on validation text
     python scripts/study.py tokens     final KL of the scalar and the vector arms for 1/16 ... 1/1 of the tokens
-    python scripts/study.py switches   lcqat-planes and lcqat-paper with one choice changed at a time
+    python scripts/study.py switches   lcqat-planes with one choice changed at a time
 
 Each writes results/<study>.json after every run and goes on where it stopped; delete the file to start again. Several
 processes may share a study by --arms. Rates are
-chosen at half of the tokens and on validation text, so that the table's test text stays unseen.
+chosen in RATE_STEPS steps and on validation text, so that the table's test text stays unseen.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LATENTS, SIDE = (0.0003, 0.001, 0.003), (3e-3, 1e-2)  # 3 x 2 settings
 LATENTS_ON_CODES = (0.003, 0.01, 0.03)  # latents that start on the codes are half a bin from any boundary
 SIDE_ALONE = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)  # as many for arms without latents
 SHARES = (16, 8, 4, 2, 1)
+RATE_STEPS = 40
 EVAL_TOKENS = 8192
 TRAINED = {arm.name: arm for arm in ARMS if arm.quant is not None and arm.rates is not None}
 
@@ -40,34 +41,51 @@ def rate_settings(arm: Arm) -> list[dict[str, float]]:
     if arm.quant.codebook == "table":
         return [{"lr_scales": side, "lr_codebooks": side} for side in SIDE_ALONE]
     grid = LATENTS_ON_CODES if arm.quant.start_on_codes else LATENTS
-    return [{"lr_latents": latents, "lr_scales": side, "lr_codebooks": side}
-            for latents, side in itertools.product(grid, SIDE)]
+    return [
+        {"lr_latents": latents, "lr_scales": side, "lr_codebooks": side}
+        for latents, side in itertools.product(grid, SIDE)
+    ]
 
 
 def switches() -> dict[str, Arm]:
-    """Variants of the two vector arms, each with one choice changed."""
-    planes, paper = TRAINED["lcqat-planes"], TRAINED["lcqat-paper"]
+    """Variants of lcqat-planes, each with one choice changed."""
+    planes = TRAINED["lcqat-planes"]
     changes = {
-        "as compared": {}, "no rotation": {"rotate": "none"}, "inputs rotated": {"rotate": "input"},
-        "no feedback": {"feedback": False}, "clipped gradient": {"estimator": "clipped"}, "DGE gradient": {"estimator": "dge"},
-        "latents start on codes": {"start_on_codes": True}, "A and b frozen": {"learn_codebook": False},
-        "not refitted": {"refits": 0},
+        "as compared": {},
+        "no rotation": {"rotate": "none"},
+        "inputs rotated": {"rotate": "input"},
+        "no feedback": {"feedback": False},
+        "DGE gradient": {"estimator": "dge"},
+        "A and b frozen": {"learn_codebook": False},
+        "(A, b) not refitted": {"refits": 0},
     }
-    variants = {f"{arm.name}: {what}": replace(arm, quant=replace(arm.quant, **change))
-                for arm in (planes, paper) for what, change in changes.items()}
-    frozen = replace(planes, rates=planes.rates | {"lr_latents": 0.0})
-    return variants | {"lcqat-planes: codes frozen": frozen}
+    variants = {what: replace(planes, quant=replace(planes.quant, **change)) for what, change in changes.items()}
+    faster = {
+        f"latents {rate} bins a step": replace(planes, rates=planes.rates | {"lr_latents": rate})
+        for rate in (0.0, 0.003, 0.01)
+    }
+    return variants | faster
 
 
 def runs(study: str, seeds: list[int]) -> list[tuple[dict, Arm, dict, int]]:
-    """(key of the row, arm, rates, share of the tokens) of every run of a study."""
+    """(key of the row, arm, rates, steps) of every run of a study."""
+    full = Budget().steps
     if study == "rates":
-        return [({"arm": arm.name, **rates, "seed": seeds[0]}, arm, rates, 2)
-                for arm in TRAINED.values() for rates in rate_settings(arm)]
+        return [
+            ({"arm": arm.name, **rates, "seed": seeds[0]}, arm, rates, RATE_STEPS)
+            for arm in TRAINED.values()
+            for rates in rate_settings(arm)
+        ]
     if study == "tokens":
-        return [({"arm": name, "share": share, "seed": seed}, TRAINED[name], TRAINED[name].rates, share)
-                for seed in seeds for name in ("sq", "lcqat-paper", "lcqat-planes") for share in SHARES]
-    return [({"variant": what, "seed": seed}, arm, arm.rates, 2) for seed in seeds for what, arm in switches().items()]
+        return [
+            ({"arm": name, "share": share, "seed": seed}, TRAINED[name], TRAINED[name].rates, max(1, full // share))
+            for seed in seeds
+            for name in ("sq", "lcqat-paper", "lcqat-planes")
+            for share in SHARES
+        ]
+    return [
+        ({"variant": what, "seed": seed}, arm, arm.rates, full) for seed in seeds for what, arm in switches().items()
+    ]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -89,7 +107,7 @@ def main() -> None:
     path = ROOT / "results" / f"{args.study}.json"
     todo = [run for run in runs(args.study, args.seeds) if run[1].name in args.arms]
     begun: tuple | None = None  # runs that share an arm and a seed share its start
-    for key, arm, rates, share in tqdm(todo, unit="run"):
+    for key, arm, rates, steps in tqdm(todo, unit="run"):
         if any(all(row.get(k) == v for k, v in key.items()) for row in rows_of(path)):
             continue
         clock = time.perf_counter()
@@ -97,10 +115,16 @@ def main() -> None:
             model = start(lab, arm, key["seed"])
             begun = (arm.quant, key["seed"]), model, kl_to(teacher, model, ids, budget.window)
         model = copy.deepcopy(begun[1])
-        steps = max(1, budget.steps // share)
         history = train(model, lab.batches(key["seed"]), TrainConfig(steps=steps, **rates), teacher)
         kl_ptq, kl = begun[2], kl_to(teacher, model, ids, budget.window)
-        row = {**key, "tokens": history[-1]["tokens"], "kl_ptq": kl_ptq, "kl_qat": kl, "code_flips": history[-1]["flips"], "seconds": time.perf_counter() - clock}
+        row = {
+            **key,
+            "tokens": history[-1]["tokens"],
+            "kl_ptq": kl_ptq,
+            "kl_qat": kl,
+            "code_flips": history[-1]["flips"],
+            "seconds": time.perf_counter() - clock,
+        }
         write_json(path, {"meta": describe({"budget": asdict(budget)}), "rows": [*rows_of(path), row]})
         tqdm.write(f"{key}  KL {kl_ptq:.4f} -> {kl:.4f}  flips {history[-1]['flips']:.2%}")
 

@@ -309,7 +309,8 @@ def test_feedback_never_loses_to_plain_rounding(kind, vectors, rows, seed):
     fed = round_matrix(W, factor, book, row_scales(W))
     assert (fed.loss <= plain.loss).all()
     for rounded in (plain, fed):
-        torch.testing.assert_close(rounded.loss, exact_loss(rounded.weight(), W, factor), rtol=1e-3, atol=1e-9)
+        exact = exact_loss(rounded.weight(), W, factor)
+        torch.testing.assert_close(rounded.loss, exact, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "planes of 8"])
@@ -413,7 +414,7 @@ def test_refit_is_the_least_squares_solution(kind):
     rounded = round_matrix(W, factor, book, row_scales(W))
     d, k = book.A.shape
     q = torch.cat([digits_of(rounded.index, k, book.levels), torch.ones(40, 3, 1)], dim=2).double()
-    columns = []  # one for each of the d (k + 1) numbers: what the output changes by, all rows below each other
+    columns = []  # one for each of the d (k + 1) numbers: what it adds to the output, row below row
     for i in range(d):
         for j in range(k + 1):
             change = torch.zeros(40, 3, d, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """compare, report, cli, hub: the main job on a tiny model, its files, its errors. No network, no GPU.
 
-    pytest tests/test_compare.py
+pytest tests/test_compare.py
 """
 
 import json
@@ -25,8 +25,17 @@ def folder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                 num_attention_heads=2, tie_word_embeddings=True, initializer_range=0.3)).save_pretrained(path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(path)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path)
     words = "return the array with values of given type and shape or raise an error if input has no length".split()
     generator = torch.Generator().manual_seed(0)
@@ -53,8 +62,21 @@ def test_compare_writes_table_picture_and_samples(run, tmp_path, capsys):
     (path,) = (tmp_path / "runs").iterdir()
     data = read_results(path / "compare.json")
     assert [row["arm"] for row in data["rows"]] == ["rtn", "sq", "lcqat-planes"]
-    assert set(data["rows"][0]) == {"arm", "seed", "bits_per_weight", "ppl_fp", "ppl_ptq", "ppl_qat", "kl_ptq", "kl_qat",
-                                    "code_flips", "tokens", "seconds_ptq", "seconds_qat", "peak_mb"}
+    assert set(data["rows"][0]) == {
+        "arm",
+        "seed",
+        "bits_per_weight",
+        "ppl_fp",
+        "ppl_ptq",
+        "ppl_qat",
+        "kl_ptq",
+        "kl_qat",
+        "code_flips",
+        "tokens",
+        "seconds_ptq",
+        "seconds_qat",
+        "peak_mb",
+    }
     assert data["rows"][0]["kl_qat"] is None and data["rows"][1]["tokens"] == 256
     assert set(data["samples"]) == {"rtn", "sq", "lcqat-planes"}
     assert (path / "compare.svg").read_text().startswith("<?xml")
@@ -86,7 +108,8 @@ def test_interrupted_run_resumes_to_the_same_rows(run, tmp_path, monkeypatch, ca
     rows = read_results(half / "compare.json")["rows"]
     for row, want in zip(rows, wanted, strict=True):
         assert {k: v for k, v in row.items() if "seconds" not in k and k != "peak_mb"} == {
-            k: v for k, v in want.items() if "seconds" not in k and k != "peak_mb"}
+            k: v for k, v in want.items() if "seconds" not in k and k != "peak_mb"
+        }
     assert run("--arms", "rtn", "--resume", half) == 2  # other settings
     assert "other settings" in capsys.readouterr().err
 
@@ -108,15 +131,18 @@ def test_damaged_results_are_named(tmp_path, text):
         read_results(path)
 
 
-@pytest.mark.parametrize("args, message", [
-    (("--arms", "sq", "nope"), "unknown arm nope; choose from fp"),
-    (("--device", "cuda:99"), "CUDA device"),
-    (("--device", "mps"), "not supported"),
-    (("--device", "toaster"), "unknown device 'toaster'"),
-    (("--resume", "nowhere"), "nothing to resume"),
-    (("--text", "no-such-file.txt"), "no-such-file.txt"),
-    (("--model", "nobody/no-such-model"), "cannot load 'nobody/no-such-model'"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--arms", "sq", "nope"), "unknown arm nope; choose from fp"),
+        (("--device", "cuda:99"), "CUDA device"),
+        (("--device", "mps"), "not supported"),
+        (("--device", "toaster"), "unknown device 'toaster'"),
+        (("--resume", "nowhere"), "nothing to resume"),
+        (("--text", "no-such-file.txt"), "no-such-file.txt"),
+        (("--model", "nobody/no-such-model"), "cannot load 'nobody/no-such-model'"),
+    ],
+)
 def test_mistakes_get_one_line_and_exit_code_2(run, capsys, args, message):
     assert run(*args) == 2
     err = capsys.readouterr().err
@@ -140,23 +166,42 @@ def test_choose_device_accepts_the_cpu():
 
 def test_settings_change_with_every_field():
     base = settings([ARMS[0]], TINY, "m", "t", "p")
-    others = [settings([ARMS[1]], TINY, "m", "t", "p"), settings([ARMS[0]], Budget(), "m", "t", "p"),
-              settings([ARMS[0]], TINY, "n", "t", "p"), settings([ARMS[0]], TINY, "m", "u", "p"),
-              settings([ARMS[0]], TINY, "m", "t", "q")]
+    others = [
+        settings([ARMS[1]], TINY, "m", "t", "p"),
+        settings([ARMS[0]], Budget(), "m", "t", "p"),
+        settings([ARMS[0]], TINY, "n", "t", "p"),
+        settings([ARMS[0]], TINY, "m", "u", "p"),
+        settings([ARMS[0]], TINY, "m", "t", "q"),
+    ]
     assert all(other != base for other in others)
 
 
 def row(arm, seed, **values):
-    blank = {"bits_per_weight": 2.1, "ppl_fp": 1.0, "ppl_ptq": 2.0, "ppl_qat": None, "kl_ptq": 0.2, "kl_qat": None,
-             "code_flips": None, "tokens": 0, "seconds_ptq": 1.0, "seconds_qat": 1.0, "peak_mb": 1.0}
+    blank = {
+        "bits_per_weight": 2.1,
+        "ppl_fp": 1.0,
+        "ppl_ptq": 2.0,
+        "ppl_qat": None,
+        "kl_ptq": 0.2,
+        "kl_qat": None,
+        "code_flips": None,
+        "tokens": 0,
+        "seconds_ptq": 1.0,
+        "seconds_qat": 1.0,
+        "peak_mb": 1.0,
+    }
     return {"arm": arm, "seed": seed, **blank, **values}
 
 
 @pytest.fixture
 def data():
     config = settings([Arm("a", "first", None), Arm("b", "second", None)], TINY, "m", "t", "p")
-    return {"meta": compare.describe(config), "curves": {}, "samples": {},
-            "rows": [row("a", 0), row("b", 0, kl_qat=0.1, tokens=5), row("b", 1, kl_qat=0.3, kl_ptq=0.4, tokens=5)]}
+    return {
+        "meta": compare.describe(config),
+        "curves": {},
+        "samples": {},
+        "rows": [row("a", 0), row("b", 0, kl_qat=0.1, tokens=5), row("b", 1, kl_qat=0.3, kl_ptq=0.4, tokens=5)],
+    }
 
 
 def test_table_shows_mean_and_range(data):
@@ -190,7 +235,9 @@ def test_readme_table_is_the_committed_one():
 
 def test_committed_results_hold_every_arm_and_three_seeds():
     data = read_results(ROOT / "results" / "compare.json")
-    assert {(row["arm"], row["seed"]) for row in data["rows"]} >= {(arm.name, seed) for arm in ARMS for seed in (0, 1, 2)}
+    assert {(row["arm"], row["seed"]) for row in data["rows"]} >= {
+        (arm.name, seed) for arm in ARMS for seed in (0, 1, 2)
+    }
     now = json.loads(json.dumps({arm.name: compare.asdict(arm) for arm in ARMS}))
     assert data["meta"]["config"]["arms"] == now, "the arms changed: run `make compare ARGS='--seeds 0 1 2 --save'`"
 
