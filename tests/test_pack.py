@@ -6,11 +6,14 @@ further training; bits counted from tensors against bytes of the file and agains
 hand-made codes; a save that is interrupted anywhere; every kind of damaged file.
 """
 
+import copy
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,8 +99,16 @@ def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 @pytest.fixture(scope="module")
-def planes() -> torch.nn.Module:
-    return quantized(llama(), KINDS["planes"])
+def ready(tiny_gpt2) -> Callable[[str, str], torch.nn.Module]:
+    """`ready(make, kind)`: a quantized model, made once. 27 and 45 fill neither vectors, bytes nor blocks."""
+    makers = {"llama": llama, "gpt2": tiny_gpt2, "odd": lambda: llama(27, 45, tied=False)}
+    make_once = functools.cache(lambda make, kind: quantized(makers[make](), KINDS[kind]))
+    return lambda make, kind: copy.deepcopy(make_once(make, kind))
+
+
+@pytest.fixture
+def planes(ready) -> torch.nn.Module:
+    return ready("llama", "planes")
 
 
 @pytest.fixture
@@ -141,11 +152,10 @@ def test_a_byte_holds_four_weights_the_first_in_the_high_bits(dim):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", ["gpt2", "odd"])  # biases and tied; no biases and untied
-def test_training_packed_and_dense_agree(kind, make, tiny_gpt2, tmp_path):
+def test_training_packed_and_dense_agree(kind, make, ready, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    # 27 and 45 fill neither vectors nor bytes nor blocks of the rotation
-    model = quantized(tiny_gpt2() if make == "gpt2" else llama(27, 45, tied=False), KINDS[kind])
+    model = ready(make, kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_packed(model, tmp_path / "packed")
     export_dense(model, tmp_path / "dense")
@@ -198,9 +208,12 @@ def test_casting_a_packed_model_leaves_codes_scales_and_codebooks_alone(saved, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounding_to_storage_precision_is_exact_and_done_once(kind):
-    model = llama()
-    quantize(model, [TOKENS], KINDS[kind])
+def test_rounding_to_storage_precision_is_exact_and_done_once(kind, ready):
+    model = ready("odd", kind)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("_scale", "A", "b", "table")):
+                p.mul_(1.0001)
     codes, start = codes_of(model), {name: p.clone() for name, p in model.named_parameters()}
     to_storage_precision(model)
     assert all(torch.equal(index, codes[name]) for name, index in codes_of(model).items())
@@ -240,18 +253,15 @@ def row_of_scales(scale: torch.Tensor) -> QuantLinear:
 
 
 def test_numbers_that_do_not_fit_are_refused_before_anything_changes(planes, tmp_path):
-    import copy
-
-    model = copy.deepcopy(planes)
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    layers = [layer for layer in planes.modules() if isinstance(layer, QuantLinear)]
     with torch.no_grad():
         layers[0].row_scale[0] = 0.1234567
         layers[-1].col_scale[0] = 1e6
     with pytest.raises(ValueError, match=r"col_scale of layer 'model.layers.0.mlp.down_proj' reaches 1e\+06"):
-        to_storage_precision(model)
+        to_storage_precision(planes)
     assert layers[0].row_scale[0] == torch.tensor(0.1234567)
     with pytest.raises(ValueError, match="Did training diverge"):
-        save_packed(model, tmp_path / "model")
+        save_packed(planes, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,8 +269,8 @@ def test_numbers_that_do_not_fit_are_refused_before_anything_changes(planes, tmp
 
 
 @pytest.mark.parametrize("kind", ["planes", "step", "table"])
-def test_training_goes_on_from_the_file(kind, tmp_path):
-    model = quantized(llama(), KINDS[kind])
+def test_training_goes_on_from_the_file(kind, ready, tmp_path):
+    model = ready("llama", kind)
     save_packed(model, tmp_path / "model")
     loaded = load_packed(tmp_path / "model", trainable=True)
     assert not hasattr(loaded.config, "quantization_config")
@@ -269,7 +279,7 @@ def test_training_goes_on_from_the_file(kind, tmp_path):
         return m(input_ids=TOKENS, labels=TOKENS).loss
 
     assert loss(loaded).item() == pytest.approx(loss(model).item(), abs=1e-6)
-    history = train(loaded, [TOKENS] * 20, TrainConfig(steps=20, log_every=1))
+    history = train(loaded, [TOKENS] * 10, TrainConfig(steps=10, log_every=1))
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(history[-1][key] > 0 for key in history[-1] if key.startswith(("grad_", "moved_")))
     if kind == "table":
@@ -292,8 +302,8 @@ def test_settings_of_training_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_agree_with_the_bytes_on_file(kind, tmp_path):
-    model = quantized(llama(), KINDS[kind])
+def test_bits_agree_with_the_bytes_on_file(kind, ready, tmp_path):
+    model = ready("odd", kind)
     bits = save_packed(model, tmp_path / "model")
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert bits.bytes == sum(tensor.nbytes for tensor in stored.values())
@@ -303,7 +313,7 @@ def test_bits_agree_with_the_bytes_on_file(kind, tmp_path):
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     own = sum(tensor.nbytes for name, tensor in stored.items() if "_proj." in name)
     assert bits.per_weight == 8 * own / weights
-    unquantized = sum(p.numel() for p in llama().parameters())
+    unquantized = sum(p.numel() for p in llama(27, 45, tied=False).parameters())
     assert bits.per_parameter == 8 * bits.bytes / unquantized
 
 
@@ -412,7 +422,7 @@ def raising(*args, **kwargs):
 
 
 @pytest.mark.parametrize("where", ["save_file", "digest", "first rename", "second rename"])
-def test_an_interrupted_save_leaves_the_old_folder_whole(where, saved, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_folder_whole(where, saved, ready, monkeypatch):
     before, renamed, replace = contents(saved), [], os.replace
 
     def second_raises(*args):
@@ -420,7 +430,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(where, saved, monkeypat
         raising() if len(renamed) == 2 else replace(*args)
 
     others = {"save_file": "safetensors.torch.save_file", "digest": "hashlib.file_digest"}
-    model = quantized(llama(), KINDS["scalar"])
+    model = ready("llama", "step")
     with monkeypatch.context() as patch:
         patch.setattr(others.get(where, "os.replace"), second_raises if where == "second rename" else raising)
         with pytest.raises(Stop):

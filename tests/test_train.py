@@ -115,7 +115,7 @@ def test_training_brings_the_model_nearer_to_its_teacher(pair, kind):
     ids = next(stream())
     before = kl_to(teacher, model, ids.flatten(), window=16)
     codes = {name: layer.codes() for name, layer in quant_layers(model)}
-    history = train(model, [ids] * 30, TrainConfig(30), teacher)
+    history = train(model, [ids] * 30, TrainConfig(30, lr_latents=0.03), teacher)
     assert kl_to(teacher, model, ids.flatten(), window=16) < 0.6 * before
     flipped = sum((layer.codes() != codes[name]).sum().item() for name, layer in quant_layers(model))
     assert history[-1]["flips"] == flipped / sum(c.numel() for c in codes.values())
@@ -430,9 +430,20 @@ def test_fifty_steps_under_autocast(pair):
     teacher, model = pair("planes")
     ids = next(stream())
     with torch.autocast("cpu", torch.bfloat16):
-        history = train(model, [ids] * 50, TrainConfig(50, log_every=5), teacher)
+        history = train(model, [ids] * 50, TrainConfig(50, lr_latents=0.03, log_every=5), teacher)
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_backward_of_the_fp32_weights_is_not_autocast(pair):
+    teacher, model = pair("planes")
+    ids = next(stream())
+    with torch.autocast("cpu", torch.bfloat16):
+        (row,) = train(copy.deepcopy(model), [ids], TrainConfig(1), teacher)
+        loss = distillation_loss(model(input_ids=ids).logits, teacher(input_ids=ids).logits)
+    loss.backward()
+    latents = torch.cat([layer.latent.grad.flatten() for _, layer in quant_layers(model)])
+    assert row["grad_latents"] == pytest.approx(latents.norm().item(), rel=1e-6)
 
 
 def gradients(model: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:

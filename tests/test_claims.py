@@ -1,0 +1,80 @@
+"""What the README says of the results is true of results/*.json: by more than the spread over seeds, or it fails.
+
+    pytest tests/test_claims.py
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lcqat_min.compare import read_results
+from lcqat_min.report import by_arm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def arms():
+    return by_arm(read_results(ROOT / "results" / "compare.json")["rows"])
+
+
+def below(rows: list[dict], key: str, others: list[dict], other_key: str) -> bool:
+    """Every seed of one is below every seed of the other: a difference larger than both ranges."""
+    return max(row[key] for row in rows) < min(row[other_key] for row in others)
+
+
+def test_vector_rounding_beats_scalar_training(arms):
+    assert below(arms["lcqat-planes"], "kl_ptq", arms["sq"], "kl_qat")
+
+
+def test_published_scalar_start_does_not_reach_feedback_rounding(arms):
+    assert below(arms["gptq"], "kl_ptq", arms["sq-paretoq"], "kl_qat")
+
+
+@pytest.mark.parametrize("key", ["kl_ptq", "kl_qat"])
+def test_order_of_the_arms(arms, key):
+    assert below(arms["lcqat-planes"], key, arms["lcqat-paper"], key)
+    assert below(arms["lcqat-paper"], key, arms["sq"], key)
+
+
+def test_training_helps_every_trained_arm(arms):
+    for name, rows in arms.items():
+        if name != "fp" and rows[0]["kl_qat"] is not None:
+            assert below(rows, "kl_qat", rows, "kl_ptq"), name
+
+
+def test_lattice_gains_little_over_the_rotated_grid(arms):
+    def mean(name: str) -> float:
+        return sum(row["kl_qat"] for row in arms[name]) / len(arms[name])
+
+    gain_of_lattice = 1 - mean("lcqat-paper") / mean("lcqat-release")
+    gain_of_planes = 1 - mean("lcqat-planes") / mean("lcqat-release")
+    assert gain_of_lattice < 0.05 < gain_of_planes
+
+
+def test_table_is_a_little_better_than_planes(arms):
+    assert below(arms["free-vq"], "kl_qat", arms["lcqat-planes"], "kl_qat")
+
+
+def test_codes_of_the_lcqat_arms_do_not_flip(arms):
+    assert all(row["code_flips"] < 0.0005 for name in arms if name.startswith("lcqat") for row in arms[name])
+
+
+def test_rates_that_flip_codes_did_not_help():
+    rows = read_results(ROOT / "results" / "rates.json")["rows"]
+    for arm in ("lcqat-paper", "lcqat-planes", "lcqat-release"):
+        best = min((row for row in rows if row["arm"] == arm), key=lambda row: row["kl_qat"])
+        assert best["code_flips"] < 0.0005
+
+
+def test_control_drifts(arms):
+    assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in arms["fp"])
+
+
+def test_answers_in_the_library_example(arms):
+    """The example uses seed 0 of lcqat-planes: its printed answers are that row's."""
+    text = (ROOT / "README.md").read_text()
+    printed = re.findall(r"text\.test\[:16384\]\):\.4f}\"\)  # (\S+)", text)
+    row = next(row for row in arms["lcqat-planes"] if row["seed"] == 0)
+    assert printed == [f"{row['kl_ptq']:.4f}", f"{row['kl_qat']:.4f}"]
