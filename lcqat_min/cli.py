@@ -1,6 +1,7 @@
 """The command line: `python -m lcqat_min <verb>`. Each verb is a thin layer over a function that Python code can call.
 
     compare     every way to 2 bits on one model: the table, the picture, sample texts
+    quantize, train, export, generate, bits: see verbs.py
 
 Mistakes of the caller (unknown names, missing files or devices, unusable text) end in one line on stderr and exit
 code 2.
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
     compare.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
     compare.add_argument(
-        "--tokens", type=int, default=None, metavar="N", help="training tokens an arm (default: 61440)"
+        "--tokens", type=positive, default=None, metavar="N", help="training tokens an arm (default: 61440)"
     )
     compare.add_argument(
         "--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)"
@@ -61,14 +62,66 @@ def parser() -> argparse.ArgumentParser:
         "table (for the results that are committed)",
     )
     compare.set_defaults(run=run_compare)
+    _other_verbs(verbs)
     return top
 
 
-def common(verb: argparse.ArgumentParser) -> None:
-    """Options that several verbs share."""
-    verb.add_argument(
-        "--model", default=None, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)"
+def _other_verbs(verbs: argparse._SubParsersAction) -> None:
+    from . import verbs as do
+    from .convert import CODEBOOKS, ROTATIONS, QuantConfig
+
+    default = QuantConfig()
+    quantize = verbs.add_parser("quantize", help="round a model to 2 bits and save it packed")
+    common(quantize)
+    quantize.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the packed model, a new folder")
+    quantize.add_argument("--codebook", choices=CODEBOOKS, default=default.codebook, help="(default: %(default)s)")
+    quantize.add_argument("--dim", type=int, default=default.dim, help="weights in a vector (default: %(default)s)")
+    quantize.add_argument("--rotate", choices=ROTATIONS, default=default.rotate, help="(default: %(default)s)")
+    quantize.add_argument("--tokens", type=positive, default=32768, help="calibration tokens (default: %(default)s)")
+    quantize.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    quantize.set_defaults(run=do.run_quantize)
+
+    train = verbs.add_parser("train", help="train a packed model against the unquantized one")
+    train.add_argument("folder", type=Path, help="packed model")
+    train.add_argument("--teacher", metavar="NAME", help="the unquantized model (default: the bundled one)")
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="the trained packed model, a new folder"
     )
+    train.add_argument("--tokens", type=positive, default=61440, help="training tokens (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="of the order of the text (default: 0)")
+    common(train, model=False)
+    train.set_defaults(run=do.run_train)
+
+    export = verbs.add_parser("export", help="write a packed model as an ordinary checkpoint for other tools")
+    export.add_argument("folder", type=Path, help="packed model")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the checkpoint, a new folder")
+    export.set_defaults(run=do.run_export)
+
+    generate = verbs.add_parser("generate", help="continue a prompt")
+    generate.add_argument("folder", help="packed or ordinary model")
+    generate.add_argument("--prompt", default="Return the", help="(default: %(default)r)")
+    generate.add_argument("--tokens", type=positive, default=40, help="new tokens (default: %(default)s)")
+    generate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    generate.set_defaults(run=do.run_generate)
+
+    bits = verbs.add_parser("bits", help="what a model costs on file")
+    bits.add_argument("folder", help="packed or ordinary model")
+    bits.set_defaults(run=do.run_bits)
+
+
+def positive(text: str) -> int:
+    """An option's value as an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def common(verb: argparse.ArgumentParser, model: bool = True) -> None:
+    """Options that several verbs share."""
+    if model:
+        verb.add_argument(
+            "--model", default=None, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)"
+        )
     verb.add_argument(
         "--text",
         default="docstrings",

@@ -43,7 +43,8 @@ from .codebook import AffineCodebook, Codebook
 from .rotate import rotate, unrotate
 
 FUSED_ROWS = 16  # rows of x up to which the product is fused; a prediction until bench_kernels.py has run
-MOST_COLUMNS = 32  # limbs of rows of x at a time: with more, registers spill to memory
+# Columns of the fused kernel, limbs of rows of x: at least what tensor cores take, at most what registers hold.
+LEAST_COLUMNS, MOST_COLUMNS = (16, 16) if torch.version.hip else (8, 32)
 TILE_ROWS, TILE_BYTES = 64, 128  # of codes: what one program of the fused kernel takes in one step
 PROGRAMS = 512  # programs wanted at least, to fill a GPU: small weights are split along the inputs as well
 DECODE_BYTES = 2048  # bytes of a row decoded in one step, at most
@@ -73,19 +74,24 @@ def packed_linear(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, b
 
 def dequantize(codes: Tensor, book: Codebook, row_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """r * D: codes uint8 [rows, bytes], row_scale fp32 [rows] -> `dtype` [rows, columns], rounded once."""
-    if codes.is_cuda and dtype != torch.float32 and 8 % book.bits == 0:
+    if on_gpu(codes) and dtype != torch.float32 and 8 % book.bits == 0:
         weight = cpu.attempt(launch_dequantize, codes, cpu.byte_table(book), row_scale, columns, dtype)
         if weight is not None:
             return weight
     return (cpu.decode(codes, book, columns) * row_scale[:, None]).to(dtype)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels are to be tried: the place of the tensor decides, whatever else the machine has."""
+    return x.is_cuda
+
+
 def _product(h: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
     """r * D h: h fp32 [M, in] -> fp32 [M, out]. dtype: of the activations, which says how exact is exact enough."""
     if torch.is_grad_enabled() and h.requires_grad:
-        weight = dequantize(codes, book, row_scale, h.shape[1], dtype if h.is_cuda else torch.float32)
+        weight = dequantize(codes, book, row_scale, h.shape[1], dtype if on_gpu(h) else torch.float32)
         return (h.to(weight.dtype) @ weight.T).float()
-    if not h.is_cuda:
+    if not on_gpu(h):
         return cpu.product(h, codes, book, compiled) * row_scale
     if 0 < len(h) <= FUSED_ROWS and isinstance(book, AffineCodebook):
         limbs = 3 if dtype == torch.float32 else 2
@@ -116,7 +122,7 @@ def launch_fused(h: Tensor, codes: Tensor, book: AffineCodebook, limbs: int) -> 
 
 def columns_of(count: int) -> int:
     """COLUMNS of the fused kernel for `count` limbs of tokens: a power of two, and one that tensor cores take."""
-    return max(8, 1 << (count - 1).bit_length())
+    return max(LEAST_COLUMNS, 1 << (count - 1).bit_length())
 
 
 def launch_dequantize(codes: Tensor, table: Tensor, row_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -182,8 +188,8 @@ def fused_kernel(codes, digits, scale, constant, partial, rows, row_bytes, block
         high = tl.zeros((ROWS, COLUMNS), tl.int32)  # of the digits in the upper half bytes, 16 times too large
         low = tl.zeros((ROWS, COLUMNS), tl.int32)
         for j in tl.static_range(DIGITS):
-            x = tl.load(digits + (j * columns + column)[None, :] * (blocks * BYTES) + byte[:, None], mask=known[None, :],
-                        other=0)
+            place = (j * columns + column)[None, :] * (blocks * BYTES) + byte[:, None]
+            x = tl.load(digits + place, mask=known[None, :], other=0)
             digit = code & (-(1 << 8 - WIDTH) if j == 0 else (256 - (1 << 8 - WIDTH)) >> WIDTH * j)
             if j < DIGITS // 2:
                 high = tl.dot(digit, x, high, out_dtype=tl.int32)
@@ -229,9 +235,12 @@ def _jit(kernel):
 def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:
     row_bytes = -(-(-(-x.shape[-1] // book.dim) * book.bits) // 8)
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
-        raise ValueError(f"packed_linear: codes are {codes.dtype} {list(codes.shape)}; {x.shape[-1]} inputs at d = {book.dim} "
-                         f"and {book.bits} bits a vector want uint8 [out, {row_bytes}]. Pack them with packed.pack_bits.")
+        raise ValueError(
+            f"packed_linear: codes are {codes.dtype} {list(codes.shape)}; {x.shape[-1]} inputs in vectors of "
+            f"{book.dim} at {book.bits} bits want uint8 [out, {row_bytes}]. Pack them with packed.pack_bits."
+        )
     if row_scale.shape != codes.shape[:1]:
-        raise ValueError(f"packed_linear: row_scale has shape {list(row_scale.shape)}; want [{codes.shape[0]}], one a row of codes.")
+        raise ValueError(f"packed_linear: row_scale has shape {list(row_scale.shape)}; "
+                         f"want [{codes.shape[0]}], one number a row of codes")
     if x.device != codes.device:
         raise ValueError(f"packed_linear: x is on {x.device}, the codes on {codes.device}; move one with .to().")

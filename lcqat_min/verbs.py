@@ -1,0 +1,139 @@
+"""The verbs beside `compare`: from a model's name to a packed folder, on to training, and out again.
+
+    quantize   model  -> packed folder       round with error feedback (convert.py)
+    train      packed -> packed              distil the unquantized model into it (train.py)
+    export     packed -> ordinary folder     for tools that do not know this package
+    generate   packed or ordinary -> text
+    bits       packed or ordinary -> what it costs
+
+Each function takes the parsed arguments of cli.py and prints what it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .convert import QuantConfig, quantize
+from .evaluate import kl_to
+from .hub import BUNDLED, choose_device, load
+from .text import batches, load_text, sample_windows
+from .train import TrainConfig, train
+
+WINDOW, BATCH = 256, 4
+EVAL_TOKENS = 16_384
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """Quantize a model and save it packed."""
+    from tqdm import tqdm
+
+    from .pack import save_packed
+
+    config = QuantConfig(codebook=args.codebook, dim=args.dim, rotate=args.rotate, seed=args.seed)
+    _new(args.out)
+    model, tokenizer = load(args.model or BUNDLED, choose_device(args.device))
+    text = load_text(args.text, tokenizer)
+    windows = sample_windows(
+        text.train, max(1, args.tokens // WINDOW), WINDOW, torch.Generator().manual_seed(args.seed)
+    )
+    print(config)
+    reports = quantize(
+        model, windows.split(8), config, progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer")
+    )
+    worst = max(reports, key=lambda report: report.loss)
+    print(f"{len(reports)} layers; largest share of output lost: {worst.loss:.4f} in {worst.name}")
+    print(save_packed(model, args.out))
+    tokenizer.save_pretrained(args.out)
+    print(f"packed model: {args.out}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train a packed model against the unquantized one and save it packed again."""
+    from tqdm import tqdm
+
+    from .pack import save_packed
+
+    _new(args.out)
+    device = choose_device(args.device)
+    student, tokenizer = _packed(args.folder, device, trainable=True)
+    teacher, _ = load(args.teacher or BUNDLED, device)
+    text = load_text(args.text, tokenizer)
+    config = TrainConfig(steps=max(1, args.tokens // (WINDOW * BATCH)))
+    print(config)
+    data = batches(text.train, WINDOW, BATCH, torch.Generator().manual_seed(args.seed))
+    before = kl_to(teacher, student, text.validation[:EVAL_TOKENS], WINDOW)
+    checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
+    with tqdm(total=config.steps, disable=_quiet(), unit="step") as bar:
+        train(
+            student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
+        )
+    after = kl_to(teacher, student, text.validation[:EVAL_TOKENS], WINDOW)
+    print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
+    print(save_packed(student, args.out))
+    tokenizer.save_pretrained(args.out)
+    checkpoint.unlink(missing_ok=True)
+    print(f"packed model: {args.out}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write a packed model as an ordinary checkpoint."""
+    from .pack import export_dense
+
+    _new(args.out)
+    model, tokenizer = _packed(args.folder, torch.device("cpu"))
+    export_dense(model, args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"ordinary checkpoint, as large as an unquantized one: {args.out}")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Continue a prompt greedily."""
+    model, tokenizer = _any(args.folder, choose_device(args.device))
+    inputs = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).to(next(model.parameters()).device)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=args.tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def run_bits(args: argparse.Namespace) -> None:
+    """Print what a model costs on file."""
+    from .pack import bits_per_weight
+
+    print(bits_per_weight(_any(args.folder, torch.device("cpu"))[0]))
+
+
+def _packed(folder: Path, device: torch.device, trainable: bool = False) -> tuple[nn.Module, object]:
+    from transformers import AutoTokenizer
+
+    from .pack import load_packed
+
+    model = load_packed(folder, trainable=trainable).to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _any(name: str, device: torch.device) -> tuple[nn.Module, object]:
+    config = Path(name) / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+        return _packed(Path(name), device)
+    return load(name, device)
+
+
+def _new(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose another --out, or remove it")
+
+
+def _quiet() -> bool:
+    return os.environ.get("LCQAT_QUIET") == "1"

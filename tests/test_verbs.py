@@ -1,0 +1,93 @@
+"""quantize, train, export, generate, bits: from a model's folder to packed files and back, through the command line.
+
+pytest tests/test_verbs.py
+"""
+
+import pytest
+import torch
+
+from lcqat_min import cli
+from lcqat_min.hub import BUNDLED, load
+from lcqat_min.pack import load_packed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny random model and a text."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("verbs")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path / "model")
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path / "model")
+    words = "return the array of given shape or raise an error when it has no length at all".split()
+    draws = torch.randint(0, len(words), (150, 200), generator=torch.Generator().manual_seed(0))
+    (path / "text.txt").write_text("\n\n".join(" ".join(words[i] for i in line) for line in draws))
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(place):
+    """The packed folder that `quantize` writes."""
+    args = ["--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "lattice"]
+    assert call("quantize", *args, "--out", place / "packed") == 0
+    return place / "packed"
+
+
+def call(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+def test_the_way_there_and_back(place, packed, capsys):
+    args = ("--teacher", place / "model", "--text", place / "text.txt", "--tokens", 2048, "--out", place / "trained")
+    assert call("train", packed, *args) == 0
+    assert "->" in capsys.readouterr().out
+    assert call("export", place / "trained", "--out", place / "dense") == 0
+    ids = torch.arange(1, 9)[None]
+    dense, _ = load(place / "dense")
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits for model in (load_packed(place / "trained"), dense))
+    assert (ours - theirs).abs().max() < 1e-5
+    texts = []
+    for folder in (place / "trained", place / "dense"):
+        assert call("generate", folder, "--tokens", 5) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
+
+
+def test_bits_of_packed_and_plain(place, packed, capsys):
+    assert call("bits", packed) == 0
+    assert "bits a weight" in capsys.readouterr().out
+    assert call("bits", place / "model") == 0
+    assert "32.0000 bits a weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["quantize", "train", "export"])
+def test_a_folder_that_exists_is_left_alone(place, packed, capsys, verb):
+    before = sorted((path.name, path.stat().st_size) for path in packed.iterdir())
+    args = ["--model", place / "model"] if verb == "quantize" else [packed]
+    assert call(verb, *args, "--out", packed) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert before == sorted((path.name, path.stat().st_size) for path in packed.iterdir())
+
+
+def test_a_plain_folder_is_no_packed_one(place, capsys):
+    assert call("export", place / "model", "--out", place / "nothing") == 2
+    assert str(place / "model") in capsys.readouterr().err and not (place / "nothing").exists()
+
+
+def test_tokens_must_be_positive(capsys):
+    with pytest.raises(SystemExit):
+        call("compare", "--tokens", "0")
+    assert "at least 1" in capsys.readouterr().err
