@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .codebook import digits_of
 from .convert import linear_layers
 from .linear import QuantLinear, StepLinear
-from .packed import PackedLinear
+from .packed import Form, PackedLinear
 from .storage import forms_of
 
 PART_OF = {"weight": "codes", "A": "codebooks", "b": "codebooks", "table": "codebooks",
@@ -138,7 +138,7 @@ def _shapes(codes: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: index.shape for name, index in codes.items()}
 
 
-def _stats(layer: nn.Module, form, index: Tensor, before: Tensor | None) -> CodeStats:
+def _stats(layer: nn.Module, form: Form, index: Tensor, before: Tensor | None) -> CodeStats:
     usage = torch.bincount(index.flatten(), minlength=1 << form.bits)
     p = usage[usage > 0].double() / index.numel()
     outer = flips = None
