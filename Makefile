@@ -39,7 +39,7 @@ compare: $(READY)  ## quantize the bundled model to 2 bits with every method and
 	$(PY) -m lcqat_min compare $(ARGS)
 
 test: $(READY)  ## run the unit tests, then every notebook
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null | head -n 1)" ]; then \
 	  echo "There is no notebook yet: only the unit tests ran."; \
 	else \

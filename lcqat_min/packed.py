@@ -12,19 +12,19 @@ So at 2 bits a byte holds four weights, whether d is 1, 2 or 4, the first in the
 vector is two bytes. That a row starts on a byte costs it at most 7 bits.
 
 In training the dense weight is decoded, rotated and scaled (linear.py). Here the activations are, which is
-the same map, with D = decode(codes) [out, in] never whole, but ROWS rows at a time:
+the same map, with D = decode(codes) [out, in] never whole on a CPU (cpu.py, kernels.py):
 
     y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias
 
 Everything is computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training
 gave to about six digits.
 
-Gives up speed: unpacking is plain torch, to be read, and to check faster kernels against.
+`pack_bits` and `unpack_bits` are plain torch, to be read, and to check the products against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .codebook import AffineCodebook, Codebook, TableCodebook, scalar
-from .rotate import rotate, unrotate
+from .kernels import packed_linear
 
-ROWS = 128  # rows of a weight that are decoded at a time
+ROWS = 128  # rows packed at a time: the bits of a whole matrix would take 8 bytes each
 
 
 def pack_bits(index: Tensor, bits: int) -> Tensor:
@@ -154,26 +154,9 @@ class PackedLinear(nn.Module):
         return None if packed is None else 2.0 * unpack_bits(packed[None], 1, width)[0] - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x."""
-        with torch.autocast(x.device.type, enabled=False):
-            h = x.float() * self.col_scale.float()
-            if (signs := self.signs("in")) is not None:
-                h = rotate(h, signs)
-            y = self.product(F.pad(h, (0, -h.shape[-1] % self.form.dim))) * self.scale()
-            if (signs := self.signs("out")) is not None:
-                y = unrotate(y, signs)
-            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
-
-    def product(self, h: Tensor) -> Tensor:
-        """D h, where the work is: h fp32 [..., in, padded to vectors] -> fp32 [..., out]."""
-        return torch.cat([h @ rows.T for rows in self._decoded_rows()], dim=-1)
-
-    def _decoded_rows(self) -> Iterator[Tensor]:
-        book = self.codebook()
-        words = book.codewords() if self.form.bits <= 8 else None
-        for part in self.weight.split(ROWS):
-            index = unpack_bits(part, self.form.bits, self.form.vectors)
-            yield (book.decode(index) if words is None else F.embedding(index, words)).flatten(1)
+        """x [..., in] -> [..., out] in the dtype of x; kernels.py chooses how by the device of x."""
+        return packed_linear(x, self.weight, self.codebook(), self.scale(), self.bias, self.col_scale.float(),
+                             self.signs("in"), self.signs("out"))
 
     def extra_repr(self) -> str:
         form = self.form

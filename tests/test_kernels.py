@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,9 +64,10 @@ def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
     return ((y.cpu().double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
 
 
-def bound(x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
-    """What errors are measured against where sums cancel: |x| |D|^T, fp64."""
-    return x.double().abs() @ D.double().abs().T
+def size(x: torch.Tensor, book: Codebook) -> torch.Tensor:
+    """What the error of a row of x is measured against, as sums may cancel: largest y possible, fp64 [tokens, 1]."""
+    largest = book.table.abs().amax(0) if isinstance(book, TableCodebook) else 1.5 * book.A.abs().sum(1) + book.b.abs()
+    return (x.double().abs() @ largest.double().repeat(x.shape[1])[: x.shape[1]])[:, None]
 
 
 def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> torch.Tensor:
@@ -77,16 +78,17 @@ def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> t
 
 
 @needs_triton
-@settings(max_examples=25)
-@given(st.sampled_from(AFFINE), st.sampled_from(SIZES), st.sampled_from(SIZES), st.integers(1, 17), st.sampled_from((2, 3)))
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])  # the interpreter is too slow to shrink in
+@given(name=st.sampled_from(AFFINE), rows=st.sampled_from(SIZES), columns=st.sampled_from(SIZES),
+       tokens=st.integers(1, 17), limbs=st.sampled_from((2, 3)))
 def test_fused_product_equals_the_dense_one(name, rows, columns, tokens, limbs):
     book = book_of(name)
     codes, D = packed(book, rows, columns)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
     y = fused(x, codes, book, limbs)
     assert y.shape == (tokens, rows)
-    tolerance = {2: 2e-4, 3: 2e-6}[limbs]
-    assert ((y - x.double() @ D.double().T).abs() <= tolerance * bound(x, D) + 1e-30).all()
+    tolerance = {2: 3e-4, 3: 4e-6}[limbs]
+    assert ((y - x.double() @ D.double().T).abs() <= tolerance * size(x, book)).all()
 
 
 @needs_triton
@@ -174,7 +176,8 @@ def test_dequantize_kernel_cuts_padding_off(rows, columns):
     book = book_of("planes 4")
     codes, D = packed(book, rows, columns)
     r = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.5
-    weight = kernels.launch_dequantize(codes.to(DEVICE), cpu.byte_table(book).to(DEVICE), r.to(DEVICE), columns, torch.float16)
+    table = cpu.byte_table(book).to(DEVICE)
+    weight = kernels.launch_dequantize(codes.to(DEVICE), table, r.to(DEVICE), columns, torch.float16)
     torch.testing.assert_close(weight.cpu(), (D * r[:, None]).half(), rtol=1e-3, atol=0)
 
 
@@ -204,10 +207,14 @@ def watched(monkeypatch, program: int) -> tuple[list, list]:
 
     monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(
         load=load, store=lambda pointers, value, mask: stores.append(pointers[mask])))
-    builder = type(interpreter.interpreter_builder)
-    original = builder.create_get_program_id
-    monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: (
-        lambda handle: (setattr(handle, "data", handle.data + (program if axis == 0 else 0)), handle)[1])(original(self, axis)))
+    original = interpreter.interpreter_builder.create_get_program_id
+
+    def shifted(axis: int):
+        handle = original(axis)
+        handle.data = handle.data + np.int32(program if axis == 0 else 0)
+        return handle
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", shifted)
     return loads, stores
 
 
@@ -251,7 +258,7 @@ def test_torch_product_equals_the_dense_one(name, monkeypatch):
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
         y = cpu.product(x, codes, book)
         assert y.shape == (tokens, rows)
-        assert ((y - x.double() @ D.double().T).abs() <= 1e-5 * bound(x, D)).all()
+        assert ((y - x.double() @ D.double().T).abs() <= 2e-6 * size(x, book)).all()
         torch.testing.assert_close(cpu.decode(codes, book, columns), D, rtol=1e-5, atol=1e-5)
 
 
