@@ -12,7 +12,6 @@ from pathlib import Path
 
 START, END = "<!-- compare: table -->", "<!-- compare: end -->"
 COLOURS = {"ptq": "#9aa5b1", "qat": "#1b6ca8"}  # told apart in grey as well
-ARM_LINES = (("#b45309", "s"), ("#6b7280", "^"), ("#1b6ca8", "o"))
 YTICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
@@ -130,40 +129,6 @@ def picture(data: dict, path: Path) -> None:
             color=COLOURS["qat"],
         )
     _finish(ax, data, list(reversed(groups)))
-    _save(fig, path)
-
-
-def tokens_picture(data: dict, path: Path) -> None:
-    """Lines: KL after training for less and more tokens, an arm a line; bands span the seeds (study.py tokens)."""
-    import matplotlib.ticker as ticker
-
-    plt = _pyplot()
-    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for (arm, rows), (colour, marker) in zip(by_arm(data["rows"]).items(), ARM_LINES, strict=False):
-        tokens = sorted({row["tokens"] for row in rows})
-        mean, least, most = zip(
-            *(spread([row for row in rows if row["tokens"] == t], "kl_qat") for t in tokens), strict=True
-        )
-        ax.fill_between(tokens, least, most, color=colour, alpha=0.2, lw=0)
-        ax.plot(tokens, mean, color=colour, marker=marker, ms=6, label=arm)
-        if arm == "sq":
-            ax.axhline(mean[-1], color=colour, lw=0.8, ls=":")
-            ax.annotate(
-                "where sq ends", (tokens[0], mean[-1]), (0, -11), textcoords="offset points", fontsize=8.5, color=colour
-            )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_formatter(ticker.NullFormatter())
-    ax.set_xticks(tokens, [f"{t:,}" for t in tokens])
-    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    ax.set_yticks([t for t in YTICKS if min(least) <= t <= ax.get_ylim()[1]])
-    ax.grid(color="#e4e7eb")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlabel("training tokens")
-    ax.set_ylabel("KL to the unquantized model, nats a token")
-    ax.set_title("Vector codes start lower and stay lower at equal tokens", loc="left", fontsize=11.5)
-    ax.legend(frameon=False)
     _save(fig, path)
 
 

@@ -11,7 +11,7 @@ against the unquantized model (whose text is then all that is needed), else next
 Learning rates have units, because AdamW moves every number by about its rate each step, whatever its
 gradient:
 
-    latents    bins a step: 0.001 crosses half a bin in 500 steps           times the layer's bin width
+    latents    bins a step: 0.0003 crosses half a bin in 1700 steps         times the layer's bin width
     scales     share of their root mean square a step                        times that root mean square
     codebooks  the same
     rest       plain (embeddings, norms, biases)
@@ -56,7 +56,7 @@ class TrainConfig:
     gradient norm. log_every, checkpoint_every: steps between rows of the history and between checkpoints."""
 
     steps: int
-    lr_latents: float = 1e-3
+    lr_latents: float = 3e-4
     lr_scales: float = 3e-3
     lr_codebooks: float = 3e-3
     lr_rest: float = 5e-4

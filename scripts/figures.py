@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcqat_min.compare import read_results
-from lcqat_min.report import picture, tokens_picture
+from lcqat_min.report import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
 if __name__ == "__main__":
-    for results, draw in (("compare", picture), ("tokens", tokens_picture)):
-        if (ROOT / "results" / f"{results}.json").exists():
-            draw(read_results(ROOT / "results" / f"{results}.json"), ROOT / "figures" / f"{results}.svg")
-            print(f"figures/{results}.svg")
+    picture(read_results(ROOT / "results" / "compare.json"), ROOT / "figures" / "compare.svg")
+    print("figures/compare.svg")

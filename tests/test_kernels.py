@@ -78,7 +78,7 @@ def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> t
 
 
 @needs_triton
-@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])  # the interpreter is too slow to shrink in
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])  # the interpreter is too slow to shrink in
 @given(name=st.sampled_from(AFFINE), rows=st.sampled_from(SIZES), columns=st.sampled_from(SIZES),
        tokens=st.integers(1, 17), limbs=st.sampled_from((2, 3)))
 def test_fused_product_equals_the_dense_one(name, rows, columns, tokens, limbs):
@@ -114,9 +114,8 @@ def cpu_reference(codes: torch.Tensor, book: Codebook, columns: int) -> torch.Te
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["lattice 4", "planes 4"])
-def test_blocks_and_splits_add_up_and_repeat_bit_by_bit(name, monkeypatch):
-    book = book_of(name)
+def test_blocks_and_splits_add_up_and_repeat_bit_by_bit(monkeypatch):
+    book = book_of("planes 4")
     codes, D = packed(book, 70, 1100)  # 275 bytes: three blocks, the last one not full; two tiles of rows
     x = torch.randn(2, 1100, generator=torch.Generator().manual_seed(1))
     together = fused(x, codes, book, 3)
@@ -137,7 +136,7 @@ def test_outlier_costs_no_more_than_its_own_rounding(limbs, tolerance):
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:(invalid value encountered|All-NaN slice):RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_visible_in_its_row_alone(value):
     book = book_of("planes 4")

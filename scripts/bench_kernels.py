@@ -1,0 +1,265 @@
+"""Time products with packed weights: against the dense product on a GPU, or with --cpu on one thread of a CPU.
+
+    python scripts/bench_kernels.py              needs a CUDA device; writes results/kernels_gpu.json and figures/kernels.svg
+    python scripts/bench_kernels.py --cpu        writes results/packed_cpu.json
+
+On a GPU each time is the median over replays of a CUDA graph of calls. Consecutive calls use different copies of the
+weight, together more than twice the second-level cache, or a small weight would be read from there. In each row:
+
+    bf16          torch.matmul with the dense bf16 weight
+    fused         codes times activations: the fold and the fused kernel and the sum over splits (kernels.launch_fused)
+    decoded       the dequantize kernel, then torch.matmul
+    packed        kernels.packed_linear as a model calls it: rotations and scales around whichever it chose
+    error         of fused against fp64 on the decoded weight, relative: the first run on a new GPU is a test as well
+    copy          decoded bytes a second over those of a plain copy in this run (codes read and weight written)
+
+Rows where the packed product loses are kept. On a CPU, the ratio is CPU time of one thread (time.process_time) over that
+of F.linear with the dense fp32 weight, in turns, median; without rotations and scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from lcqat_min import cpu, kernels  # noqa: E402
+from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice, random_planes  # noqa: E402
+from lcqat_min.compare import describe, write_json  # noqa: E402
+from lcqat_min.rotate import random_signs  # noqa: E402
+
+SHAPES = [(2048, 2048), (4096, 4096), (8192, 8192), (16384, 16384), (4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
+BATCHES = (1, 4, 16, 64)
+LAYERS, NEW_TOKENS = 8, 64  # of the whole model: Llama-2-7B's layers, fewer of them
+CPU_BARS = {("eager", 1): 2.0, ("eager", 256): 1.3, ("compiled", 1): 0.5}  # at 2048 x 2048
+
+
+def books() -> dict[str, Codebook]:
+    """Random codebooks of each form; times do not depend on the numbers in them."""
+    generator = torch.Generator().manual_seed(0)
+    return {"tied planes d=4": lattice(4, 0.8), "untied planes d=4": random_planes(4, generator),
+            "untied planes d=8": random_planes(8, generator), "table d=4": TableCodebook(torch.randn(256, 4, generator=generator))}
+
+
+def random_codes(rows: int, columns: int, device: str = "cpu") -> Tensor:
+    return torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, device=device)
+
+
+# --- GPU ---
+
+
+def seconds(calls: list[Callable[[], Tensor]], replays: int = 20) -> float:
+    """Median time of one of `calls`, from replays of a CUDA graph that makes each once."""
+    for call in calls[:2]:
+        call()  # compiles and allocates outside the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(times)
+
+
+def copies(bytes_each: int) -> int:
+    """How many copies of a weight are more than twice the second-level cache."""
+    return 2 * torch.cuda.get_device_properties(0).L2_cache_size // bytes_each + 2
+
+
+def copy_speed() -> float:
+    """Bytes a second, read and written, of copying 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)])
+
+
+def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
+    weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
+    table, scale = cpu.byte_table(lattice(4, 0.8).to("cuda")), torch.ones(rows, device="cuda")
+    took = seconds([partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16) for codes in weights])
+    return {"what": "dequantize", "out": rows, "in": columns, "us": 1e6 * took,
+            "copy": rows * columns * 2.25 / took / copy}
+
+
+def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook) -> dict:
+    """One row: the same product four ways, in microseconds, and the error of the fused one."""
+    book, affine = book.to("cuda"), isinstance(book, AffineCodebook)
+    x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+    scale, signs = torch.rand(rows, device="cuda") + 0.5, [random_signs(n, torch.Generator()).cuda() for n in (columns, rows)]
+    weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
+    parts = x.float().split(kernels.FUSED_ROWS)
+    D = cpu.decode(weights[0], book, columns)
+    row = {"what": "product", "codebook": name, "out": rows, "in": columns, "batch": batch}
+    if affine:
+        expected = x.double() @ D.double().T
+        y = torch.cat([kernels.launch_fused(part, weights[0], book, 2) for part in parts])
+        row["error"] = ((y - expected).norm() / expected.norm()).item()
+        row["fused"] = 1e6 * seconds([partial(fused, parts, codes, book) for codes in weights])
+    row["decoded"] = 1e6 * seconds([partial(decoded, x, codes, book, scale) for codes in weights])
+    row["packed"] = 1e6 * seconds([partial(kernels.packed_linear, x, codes, book, scale, None, None, *signs)
+                                   for codes in weights])
+    dense = [D.bfloat16() for _ in range(min(len(weights), copies(2 * rows * columns)))]
+    row["bf16"] = 1e6 * seconds([partial(torch.matmul, x, W.T) for W in dense])
+    return row
+
+
+def fused(parts: tuple[Tensor, ...], codes: Tensor, book: AffineCodebook) -> Tensor:
+    return torch.cat([kernels.launch_fused(part, codes, book, 2) for part in parts])
+
+
+def decoded(x: Tensor, codes: Tensor, book: Codebook, scale: Tensor) -> Tensor:
+    return x @ kernels.dequantize(codes, book, scale, x.shape[1], x.dtype).T
+
+
+class Packed(nn.Module):
+    """A linear layer of random codes, rotated on both sides."""
+
+    def __init__(self, layer: nn.Linear, book: Codebook):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.codes, self.book = random_codes(*layer.weight.shape, "cuda"), book.to("cuda")
+        self.scale = torch.full((layer.out_features,), 0.02, device="cuda")
+        self.signs = [random_signs(n, generator).cuda() for n in (layer.in_features, layer.out_features)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.packed_linear(x, self.codes, self.book, self.scale, None, None, *self.signs)
+
+
+@torch.inference_mode()
+def bench_model(name: str, book: Codebook | None) -> dict:
+    """Tokens a second of greedy decoding, batch 1, eager, with a cache: what a user sees, launches included."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS, num_attention_heads=32,
+                         vocab_size=32000)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).bfloat16().eval()
+    for parent in list(model.model.modules()) if book is not None else ():
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, child, Packed(layer, book))
+    torch.cuda.empty_cache()
+    prompt = torch.ones(1, 16, dtype=torch.long, device="cuda")
+    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    took = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        model.generate(prompt, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, **settings)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+    return {"what": "model", "codebook": name, "layers": LAYERS, "tokens_per_second": NEW_TOKENS / min(took[1:]),
+            "gigabytes": torch.cuda.memory_allocated() / 1e9}
+
+
+def on_gpu() -> int:
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing was measured and nothing written. Kernels can be compiled and counted without\n"
+              "one by scripts/check_kernels.py; products on the CPU are measured with --cpu.", file=sys.stderr)
+        return 2
+    import triton
+
+    copy = copy_speed()
+    rows = [{"what": "copy", "bytes_per_second": copy}]
+    for shape in SHAPES:
+        rows.append(bench_dequantize(*shape, copy))
+        print(rows[-1], flush=True)
+        for name, book in books().items():
+            for batch in BATCHES:
+                rows.append(bench_product(*shape, batch, name, book))
+                print(rows[-1], flush=True)
+    for name, book in {"bf16": None, **books()}.items():
+        rows.append(bench_model(name, book))
+        print(rows[-1], flush=True)
+    device = torch.cuda.get_device_properties(0)
+    meta = describe({"device": device.name, "sm": f"{device.major}.{device.minor}", "l2_bytes": device.L2_cache_size,
+                     "triton": triton.__version__, "failed": sorted(cpu._failed)})
+    write_json(ROOT / "results" / "kernels_gpu.json", {"meta": meta, "rows": rows})
+    plot(rows, device.name)
+    wrong = [row for row in rows if row.get("error", 0) > 1e-2]
+    print(f"{len(rows)} rows, {len(wrong)} with a wrong product; kernels that failed: {sorted(cpu._failed) or 'none'}")
+    return int(bool(wrong or cpu._failed))
+
+
+def plot(rows: list[dict], device: str) -> None:
+    """Speed over bf16 by batch, one panel a shape, one line a codebook; the line at 1 is bf16 itself."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, -(-len(SHAPES) // 2), figsize=(12, 6), sharex=True, sharey=True)
+    for ax, (out, inputs) in zip(axes.flat, SHAPES, strict=False):
+        for name in books():
+            for way, style in (("fused", "o-"), ("decoded", "x:")):
+                points = [(row["batch"], row["bf16"] / row[way]) for row in rows if way in row and row["codebook"] == name
+                          and (row["out"], row["in"]) == (out, inputs)]
+                if points:
+                    ax.plot(*zip(*points, strict=True), style, label=f"{name}, {way}")
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.set(title=f"{out} x {inputs}", xscale="log", yscale="log", xlabel="rows of x", ylabel="times as fast as bf16")
+    axes.flat[0].legend(fontsize=6)
+    figure.suptitle(f"Products with 2-bit weights on {device}")
+    figure.tight_layout()
+    figure.savefig(ROOT / "figures" / "kernels.svg", metadata={"Date": None})
+
+
+# --- CPU ---
+
+
+def cpu_ratio(call: Callable[[], Tensor], dense: Callable[[], Tensor], repeats: int) -> float:
+    times: dict[Callable, list[float]] = {call: [], dense: []}
+    for _ in range(repeats + 1):
+        for way in (dense, call):
+            begun = time.process_time()
+            way()
+            times[way].append(time.process_time() - begun)
+    return statistics.median(times[call][1:]) / statistics.median(times[dense][1:])
+
+
+def on_cpu(repeats: int, ways: list[str]) -> int:
+    torch.set_num_threads(1)
+    rows = []
+    for out, inputs in ((2048, 2048), (11008, 4096)):
+        W, codes = torch.randn(out, inputs), random_codes(out, inputs)
+        for name, book in books().items():
+            for way, batch in [(way, batch) for way in ways for batch in ((1, 4, 16) if way == "compiled" else (1, 16, 256))]:
+                if way == "compiled" and isinstance(book, TableCodebook):
+                    continue
+                x = torch.randn(batch, inputs)
+                ratio = cpu_ratio(partial(cpu.product, x, codes, book, way == "compiled"), partial(F.linear, x, W),
+                                  max(3, repeats // (1 + batch // 16)))
+                bar = CPU_BARS.get((way, batch)) if (out, inputs) == (2048, 2048) else None
+                rows.append({"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch, "ratio": ratio, "bar": bar})
+                print(f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
+                      + (f"   at most {bar}" if bar else ""), flush=True)
+    meta = describe({"repeats": repeats, "chunk": cpu.CHUNK, "failed": sorted(cpu._failed)})
+    write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "rows": rows})
+    return 0
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--cpu", action="store_true", help="measure the torch path on one thread")
+    options.add_argument("--repeats", type=int, default=15, help="of each CPU figure at batch 1; fewer for more rows of x")
+    options.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"],
+                         help="CPU paths; `compiled` needs a C++ compiler and takes about a minute more")
+    args = options.parse_args()
+    return on_cpu(args.repeats, args.ways) if args.cpu else on_gpu()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Six settings of the learning rates for each trained arm of `compare`, all on the same text: results/rates.json.
+
+    python scripts/search_rates.py                     every arm, one after the other
+    python scripts/search_rates.py --arms sq free-vq   these alone; several processes may share the work
+
+An arm with latents tries three rates for them and two for scales and codebooks; one without tries six of the latter. A
+run takes STEPS steps and is scored on validation text, so the table's test text stays unseen. Each finished run is
+written at once and found again by the next start; delete the file to begin anew. The best of each arm is what
+lcqat_min/compare.py says, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lcqat_min.compare import ARMS, Arm, Budget, Lab, describe, read_results, start, write_json
+from lcqat_min.evaluate import kl_to
+from lcqat_min.hub import BUNDLED, choose_device, load
+from lcqat_min.text import load_text
+from lcqat_min.train import TrainConfig, train
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "rates.json"
+LATENTS, SIDE = (0.0003, 0.001, 0.003), (3e-3, 1e-2)  # bins a step; share of their size a step
+LATENTS_ON_CODES = (0.003, 0.01, 0.03)  # latents that start on the codes are half a bin from any boundary
+SIDE_ALONE = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+STEPS, EVAL_TOKENS, SEED = 40, 8192, 0
+TRAINED = {arm.name: arm for arm in ARMS if arm.quant is not None and arm.rates is not None}
+
+
+def settings(arm: Arm) -> list[dict[str, float]]:
+    """The six settings that the search tries for an arm."""
+    if arm.quant.codebook == "table":
+        return [{"lr_scales": side, "lr_codebooks": side} for side in SIDE_ALONE]
+    grid = LATENTS_ON_CODES if arm.quant.start_on_codes else LATENTS
+    return [
+        {"lr_latents": latents, "lr_scales": side, "lr_codebooks": side}
+        for latents, side in itertools.product(grid, SIDE)
+    ]
+
+
+def rows() -> list[dict]:
+    """Rows that are there already; read anew each time, since another process may have added some."""
+    return read_results(RESULTS)["rows"] if RESULTS.exists() else []
+
+
+def search(lab: Lab, arm: Arm) -> None:
+    """All settings of one arm, from one start."""
+    todo = [s for s in settings(arm) if not any(row["arm"] == arm.name and row.items() >= s.items() for row in rows())]
+    if not todo:
+        return
+    ids = lab.text.validation[:EVAL_TOKENS]
+    begin = start(lab, arm, SEED)
+    kl_ptq = kl_to(lab.teacher, begin, ids, lab.budget.window)
+    for rates in tqdm(todo, desc=arm.name, unit="run"):
+        clock, model = time.perf_counter(), copy.deepcopy(begin)
+        last = train(model, lab.batches(SEED), TrainConfig(steps=STEPS, **rates), lab.teacher)[-1]
+        row = {
+            "arm": arm.name,
+            **rates,
+            "seed": SEED,
+            "tokens": last["tokens"],
+            "kl_ptq": kl_ptq,
+            "kl_qat": kl_to(lab.teacher, model, ids, lab.budget.window),
+            "code_flips": last["flips"],
+            "seconds": time.perf_counter() - clock,
+        }
+        write_json(RESULTS, {"meta": describe({"budget": asdict(lab.budget)}), "rows": [*rows(), row]})
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--arms", nargs="+", choices=TRAINED, default=list(TRAINED))
+    options.add_argument("--device", default="cpu")
+    args = options.parse_args()
+    device = choose_device(args.device)
+    teacher, tokenizer = load(BUNDLED, device)
+    lab = Lab(teacher, tokenizer, load_text("docstrings", tokenizer), Budget(), device)
+    for name in args.arms:
+        search(lab, TRAINED[name])
+
+
+if __name__ == "__main__":
+    main()
