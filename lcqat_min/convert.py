@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import codebook as cb
-from .calibrate import Factor, Rounded, factorize, refit, round_matrix, row_scales, second_moments
+from .calibrate import SMALLEST_SCALE, Factor, Rounded, factorize, refit, round_matrix, row_scales, second_moments
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .rotate import random_signs, rotate
 from .rounding import ESTIMATORS
@@ -250,7 +250,7 @@ def _round(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantC
     else:
         book = normal_codebook(config.codebook, config.dim, config.seed).to(W.device)
     if config.scale == "max":
-        return round_matrix(W, factor, book, [_positive(W.abs().amax(1) / 2)], config.feedback)
+        return round_matrix(W, factor, book, [(W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)], config.feedback)
     if fitted := config.codebook in ("lattice", "planes"):
         book = cb.fit(_some(_normalized(W, config.dim), FIT_VECTORS), book, rounds=FIT_ROUNDS)
     best = round_matrix(W, factor, book, row_scales(W), config.feedback)
@@ -261,10 +261,6 @@ def _round(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantC
             break
         best = other
     return best
-
-
-def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros may have any scale
 
 
 def _layer(old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None,

@@ -305,6 +305,31 @@ def test_fit_is_never_worse_than_its_start(name, count, rounds, size, seed):
     assert after <= before * (1 + 1e-6)
 
 
+def test_fit_keeps_the_best_codebook_that_it_has_seen(monkeypatch):
+    x, start = normal(300, 4, seed=17), random_planes(4, seeded(0))
+    least = mean_squared_error(x, fit(x, start, rounds=1))
+    monkeypatch.setattr(codebook, "MOMENTUM", 50.0)  # leaps far over the valley
+    assert mean_squared_error(x, fit(x, start, rounds=8)) <= least
+
+
+def test_the_last_two_solutions_are_not_carried_on(monkeypatch):
+    x, start = normal(300, 4, seed=17), random_planes(4, seeded(0))
+    books = []
+    for momentum in (0.0, 50.0):
+        monkeypatch.setattr(codebook, "MOMENTUM", momentum)
+        books.append(fit(x, start, rounds=2))
+    assert torch.equal(books[0].A, books[1].A)
+
+
+def test_momentum_pays(monkeypatch):
+    x, starts = normal(6000, 4, seed=18), [random_planes(4, seeded(seed)) for seed in range(3)]
+    errors = []
+    for momentum in (codebook.MOMENTUM, 0.0):
+        monkeypatch.setattr(codebook, "MOMENTUM", momentum)
+        errors.append(sum(mean_squared_error(x, fit(x, start, rounds=60)) for start in starts))
+    assert errors[0] < 0.995 * errors[1]
+
+
 def test_no_rounds_give_the_start_back():
     start = random_planes(4, seeded(0))
     assert fit(normal(100, 4, seed=0), start, rounds=0) is start
