@@ -7,7 +7,7 @@
 #   PYTHON=python3.12           another interpreter to build .venv with
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                               CPU-only torch: a smaller download on Linux (elsewhere it is what you get anyway)
-#   ARGS="--seeds 3"            more options for `make compare`
+#   ARGS="--seeds 0 1 2"        more options for `make compare`
 
 PYTHON      ?= python3
 TORCH_INDEX ?=

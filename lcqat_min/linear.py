@@ -16,9 +16,8 @@ codes has a scale of its own from the start. What is learned, by kind of layer:
     TableLinear   codes frozen, the table learned: what a lookup leaves to train
 
 All of rotation and scales acts on the weight, not on the activations: with many tokens a step that costs less
-time and keeps less memory (about 1.15 against 1.31 of a plain training step on a small model). Inputs that do
-not fill a last vector are padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also
-under autocast.
+time and keeps less memory (scripts/bench_cpu.py measures a step). Inputs that do not fill a last vector are
+padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also under autocast.
 
 Gives up: each forward writes the dense weight. For inference from packed codes that is not needed.
 """
