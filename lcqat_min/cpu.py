@@ -1,6 +1,6 @@
 """Products with packed weights in plain torch: for CPUs, and for any device without Triton.
 
-    y = D x        D = decode(codes) [out, in] is never whole: at most CHUNK weights of it exist at a time
+    y = D x        D = decode(codes) [out, in] is never whole: a few rows at a time, in WORKSPACE bytes
 
 A byte of codes holds four weights (2 bits each). Two ways from bytes to a product, both exact in fp32:
 
@@ -26,7 +26,7 @@ Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-wr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -35,8 +35,9 @@ from torch.nn import functional as F
 
 from .codebook import AffineCodebook, Codebook, TableCodebook, digits_of, index_of
 
-CHUNK = 1 << 19  # weights decoded at a time: 2 MiB of fp32, about a core's second-level cache
-FEW_ROWS = 16  # of x: up to here a product is cheaper than decoding
+WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
+FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
+MANY_ROWS_FACTOR = 8  # times the workspace
 
 
 def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) -> Tensor:
@@ -57,7 +58,7 @@ def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
     """Codes uint8 [rows, bytes] -> weights fp32 [rows, columns], without scales."""
     vectors = -(-columns // book.dim)
     if _whole_bytes(book):
-        return _lookup(byte_table(book), codes).flatten(1)[:, :columns]
+        return F.embedding(codes.int(), byte_table(book)).flatten(1)[:, :columns]
     levels = 2 if isinstance(book, TableCodebook) else book.levels
     digits = F.embedding(codes.int(), _byte_digits(levels, codes.device)).flatten(1)
     count = book.bits // (levels.bit_length() - 1)
@@ -114,30 +115,37 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
 def _by_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
     folded, constant = fold(x, codes.shape[1], book)
     y = constant.repeat(len(codes), 1)
-    rows = max(1, CHUNK // (4 * codes.shape[1]))
+    rows = max(1, WORKSPACE // (4 * codes.shape[1]))
     digit = torch.empty_like(codes[:rows])
     plane = torch.empty(digit.shape, device=x.device)
-    for first in range(0, len(codes), rows):
-        part = codes[first : first + rows]
-        for mask, slice_ in zip(_masks(len(folded)), folded, strict=True):
+    for part, into in zip(codes.split(rows), y.split(rows), strict=True):
+        for mask, x_j in zip(_masks(len(folded)), folded, strict=True):
             torch.bitwise_and(part, mask, out=digit[: len(part)])
-            y[first : first + rows].addmm_(plane[: len(part)].copy_(digit[: len(part)]), slice_.T)
+            into.addmm_(plane[: len(part)].copy_(digit[: len(part)]), x_j.T)
     return y.T
 
 
 def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
-    rows = max(1, CHUNK // (4 * codes.shape[1]))
-    parts = [F.linear(x, decode(part, book, x.shape[1])) for part in codes.split(rows)]
-    return torch.cat(parts, dim=1)
+    y = x.new_empty(len(codes), len(x))
+    workspace = WORKSPACE if len(x) <= FEW_ROWS else WORKSPACE * MANY_ROWS_FACTOR
+    parts = codes.split(max(1, workspace // (16 * codes.shape[1])))
+    for weights, into in zip(_decoded(parts, book, x.shape[1]), y.split(len(parts[0])), strict=True):
+        torch.mm(weights, x.T, out=into)
+    return y.T
 
 
-def _lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes]: fp32 [256, 4] by uint8 [rows, bytes] -> fp32 [rows, bytes, 4]."""
-    if codes.device.type != "cpu":
-        return F.embedding(codes.int(), table)
+def _decoded(parts: Sequence[Tensor], book: Codebook, columns: int) -> Iterator[Tensor]:
+    """decode() of each part; on a CPU all into the same memory, since fresh memory costs as much as the lookup."""
+    if parts[0].device.type != "cpu" or not _whole_bytes(book):
+        yield from (decode(part, book, columns) for part in parts)
+        return
     # As one 16-byte number each, four weights are copied at once: 3 times faster than a row of four floats.
-    entries = table.view(torch.complex128).squeeze(1)
-    return entries.index_select(0, codes.flatten().int()).view(torch.float32).view(*codes.shape, 4)
+    table = byte_table(book).contiguous().view(torch.complex128).squeeze(1)
+    index = torch.empty(parts[0].numel(), dtype=torch.int32)
+    four = torch.empty(parts[0].numel(), dtype=torch.complex128)
+    for part in parts:
+        found = torch.index_select(table, 0, index[: part.numel()].copy_(part.flatten()), out=four[: part.numel()])
+        yield found.view(torch.float32).view(len(part), -1)[:, :columns]
 
 
 def _by_compiled_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:

@@ -1,7 +1,7 @@
 """Time products with packed weights: against the dense product on a GPU, or with --cpu on one thread of a CPU.
 
-    python scripts/bench_kernels.py              needs a CUDA device; writes results/kernels_gpu.json and figures/kernels.svg
-    python scripts/bench_kernels.py --cpu        writes results/packed_cpu.json
+    python scripts/bench_kernels.py          on a CUDA device; writes results/kernels_gpu.json, figures/kernels.svg
+    python scripts/bench_kernels.py --cpu    writes results/packed_cpu.json
 
 On a GPU each time is the median over replays of a CUDA graph of calls. Consecutive calls use different copies of the
 weight, together more than twice the second-level cache, or a small weight would be read from there. In each row:
@@ -13,8 +13,8 @@ weight, together more than twice the second-level cache, or a small weight would
     error         of fused against fp64 on the decoded weight, relative: the first run on a new GPU is a test as well
     copy          decoded bytes a second over those of a plain copy in this run (codes read and weight written)
 
-Rows where the packed product loses are kept. On a CPU, the ratio is CPU time of one thread (time.process_time) over that
-of F.linear with the dense fp32 weight, in turns, median; without rotations and scales.
+Rows where the packed product loses are kept. On a CPU the ratio is CPU time of one thread (time.process_time) over
+that of F.linear with the dense fp32 weight, in turns, median; without rotations and scales.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice,
 from lcqat_min.compare import describe, write_json  # noqa: E402
 from lcqat_min.rotate import random_signs  # noqa: E402
 
-SHAPES = [(2048, 2048), (4096, 4096), (8192, 8192), (16384, 16384), (4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
+SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
 BATCHES = (1, 4, 16, 64)
 LAYERS, NEW_TOKENS = 8, 64  # of the whole model: Llama-2-7B's layers, fewer of them
 CPU_BARS = {("eager", 1): 2.0, ("eager", 256): 1.3, ("compiled", 1): 0.5}  # at 2048 x 2048
@@ -48,7 +48,8 @@ def books() -> dict[str, Codebook]:
     """Random codebooks of each form; times do not depend on the numbers in them."""
     generator = torch.Generator().manual_seed(0)
     return {"tied planes d=4": lattice(4, 0.8), "untied planes d=4": random_planes(4, generator),
-            "untied planes d=8": random_planes(8, generator), "table d=4": TableCodebook(torch.randn(256, 4, generator=generator))}
+            "untied planes d=8": random_planes(8, generator),
+            "table d=4": TableCodebook(torch.randn(256, 4, generator=generator))}
 
 
 def random_codes(rows: int, columns: int, device: str = "cpu") -> Tensor:
@@ -64,8 +65,7 @@ def seconds(calls: list[Callable[[], Tensor]], replays: int = 20) -> float:
         call()  # compiles and allocates outside the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        results = [call() for call in calls]  # kept, so that each writes to a place of its own  # noqa: F841
     times = []
     for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -92,7 +92,8 @@ def copy_speed() -> float:
 def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
     table, scale = cpu.byte_table(lattice(4, 0.8).to("cuda")), torch.ones(rows, device="cuda")
-    took = seconds([partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16) for codes in weights])
+    took = seconds([partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16)
+                    for codes in weights])
     return {"what": "dequantize", "out": rows, "in": columns, "us": 1e6 * took,
             "copy": rows * columns * 2.25 / took / copy}
 
@@ -101,7 +102,8 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
     """One row: the same product four ways, in microseconds, and the error of the fused one."""
     book, affine = book.to("cuda"), isinstance(book, AffineCodebook)
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-    scale, signs = torch.rand(rows, device="cuda") + 0.5, [random_signs(n, torch.Generator()).cuda() for n in (columns, rows)]
+    scale = torch.rand(rows, device="cuda") + 0.5
+    signs = [random_signs(n, torch.Generator()).cuda() for n in (columns, rows)]
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
     parts = x.float().split(kernels.FUSED_ROWS)
     D = cpu.decode(weights[0], book, columns)
@@ -170,8 +172,9 @@ def bench_model(name: str, book: Codebook | None) -> dict:
 
 def on_gpu() -> int:
     if not torch.cuda.is_available():
-        print("No CUDA device here: nothing was measured and nothing written. Kernels can be compiled and counted without\n"
-              "one by scripts/check_kernels.py; products on the CPU are measured with --cpu.", file=sys.stderr)
+        print("No CUDA device here: nothing was measured and nothing written. Without one, the kernels can be\n"
+              "compiled and counted by scripts/check_kernels.py, and products on the CPU measured with --cpu.",
+              file=sys.stderr)
         return 2
     import triton
 
@@ -205,12 +208,12 @@ def plot(rows: list[dict], device: str) -> None:
     for ax, (out, inputs) in zip(axes.flat, SHAPES, strict=False):
         for name in books():
             for way, style in (("fused", "o-"), ("decoded", "x:")):
-                points = [(row["batch"], row["bf16"] / row[way]) for row in rows if way in row and row["codebook"] == name
-                          and (row["out"], row["in"]) == (out, inputs)]
+                points = [(row["batch"], row["bf16"] / row[way]) for row in rows
+                          if way in row and (row["codebook"], row["out"], row["in"]) == (name, out, inputs)]
                 if points:
                     ax.plot(*zip(*points, strict=True), style, label=f"{name}, {way}")
         ax.axhline(1, color="grey", linewidth=0.8)
-        ax.set(title=f"{out} x {inputs}", xscale="log", yscale="log", xlabel="rows of x", ylabel="times as fast as bf16")
+        ax.set(title=f"{out} x {inputs}", xscale="log", yscale="log", xlabel="rows of x", ylabel="speed over bf16")
     axes.flat[0].legend(fontsize=6)
     figure.suptitle(f"Products with 2-bit weights on {device}")
     figure.tight_layout()
@@ -232,21 +235,24 @@ def cpu_ratio(call: Callable[[], Tensor], dense: Callable[[], Tensor], repeats: 
 
 def on_cpu(repeats: int, ways: list[str]) -> int:
     torch.set_num_threads(1)
+    batches = {"eager": (1, 16, 256), "compiled": (1, 4)}
+    cases = [(way, batch) for way in ways for batch in batches[way]]
     rows = []
     for out, inputs in ((2048, 2048), (11008, 4096)):
         W, codes = torch.randn(out, inputs), random_codes(out, inputs)
         for name, book in books().items():
-            for way, batch in [(way, batch) for way in ways for batch in ((1, 4, 16) if way == "compiled" else (1, 16, 256))]:
+            for way, batch in cases:
                 if way == "compiled" and isinstance(book, TableCodebook):
-                    continue
+                    continue  # nothing to fold, nothing to compile
                 x = torch.randn(batch, inputs)
                 ratio = cpu_ratio(partial(cpu.product, x, codes, book, way == "compiled"), partial(F.linear, x, W),
                                   max(3, repeats // (1 + batch // 16)))
-                bar = CPU_BARS.get((way, batch)) if (out, inputs) == (2048, 2048) else None
-                rows.append({"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch, "ratio": ratio, "bar": bar})
+                bar = CPU_BARS.get((way, batch)) if out == 2048 else None
+                rows.append({"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch,
+                             "ratio": round(ratio, 3), "bar": bar})
                 print(f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
                       + (f"   at most {bar}" if bar else ""), flush=True)
-    meta = describe({"repeats": repeats, "chunk": cpu.CHUNK, "failed": sorted(cpu._failed)})
+    meta = describe({"repeats": repeats, "workspace": cpu.WORKSPACE, "failed": sorted(cpu._failed)})
     write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "rows": rows})
     return 0
 
@@ -254,7 +260,7 @@ def on_cpu(repeats: int, ways: list[str]) -> int:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cpu", action="store_true", help="measure the torch path on one thread")
-    options.add_argument("--repeats", type=int, default=15, help="of each CPU figure at batch 1; fewer for more rows of x")
+    options.add_argument("--repeats", type=int, default=15, help="of each CPU figure at batch 1; fewer above")
     options.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"],
                          help="CPU paths; `compiled` needs a C++ compiler and takes about a minute more")
     args = options.parse_args()

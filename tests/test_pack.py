@@ -186,7 +186,7 @@ def test_packed_layer_takes_any_leading_shape_and_dtype(planes):
 def test_weights_are_decoded_a_few_at_a_time(planes, monkeypatch):
     layer = next(iter(pack_layers(planes).values()))
     whole = layer(torch.eye(32))
-    monkeypatch.setattr("lcqat_min.cpu.CHUNK", 96)  # three rows
+    monkeypatch.setattr("lcqat_min.cpu.WORKSPACE", 384)  # three rows
     assert torch.allclose(layer(torch.eye(32)), whole, atol=1e-6)
 
 
