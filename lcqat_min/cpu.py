@@ -2,24 +2,25 @@
 
     y = D x        D = decode(codes) [out, in] is never whole: a few rows at a time, in WORKSPACE bytes
 
-At 2 bits a weight a byte of codes holds four weights. Two ways from bytes to a product:
+A byte of codes holds four weights (2 bits each). Two ways from bytes to a product, both exact in fp32:
 
-table      One lookup of 16 bytes, four fp32 weights, for each byte; then a dense product with these rows. It
-           serves every codebook and any number of rows of x.
-integers   Linearity instead of lookups, for few rows of x. With D = A q + b and x_g the inputs of vector g,
+table    One lookup of 16 bytes, four fp32 weights, for each byte; then a dense product with the chunk. The
+         lookup costs the same for every codebook that fills whole bytes, and is shared by all rows of x.
+planes   Linearity instead of lookups. With D = A q + b for each vector, and x_g the inputs of vector g,
 
-               y = sum_g (A q_g + b)^T x_g = sum_g q_g^T (A^T x_g)  +  sum_g b^T x_g
+             y = sum_g (A q_g + b)^T x_g = sum_g q_g^T (A^T x_g)  +  sum_g b^T x_g
 
-           so A is folded into x, once for all rows. What is left multiplies digits, which are small integers
-           already: one AND with a mask takes digit j out of every byte, and where it stays in the byte, 2^s
-           times too large, x pays with a factor 2^-s. x becomes integer as well, 32 bits in four *limbs*
-           of 8. Products of bytes with bytes are exact, and processors have an instruction for them (VNNI).
-           The kernels for GPUs do the same (kernels.py).
+         so A is folded into x once, for all rows, and digit j of every byte makes a plane: a matrix of small
+         numbers that multiplies its own slice of A^T x. To take out a digit, one AND with a mask is enough:
+         it stays where it is in the byte, 2^s times too large, and x pays for that with a factor 2^-s.
 
-`compiled=True` instead leaves the sum over digits to torch.compile, which writes no digit to memory. It needs a
-C++ compiler, and some seconds at the first call for each shape.
+Four-level codes have four planes a byte; two-level codes have eight, twice the work. So four levels go by
+planes while x has few rows, all else by table.
 
-Gives up: calls of small layers cost what their thirty or so small torch operations cost.
+`compiled=True` hands the planes to torch.compile: bytes are read once and no plane is ever written. It needs
+a C++ compiler and compiles for seconds at the first call.
+
+Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-written kernels (T-MAC).
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ from .codebook import AffineCodebook, Codebook, TableCodebook, digits_of, index_
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
 MANY_ROWS_FACTOR = 8  # times the workspace
-MOST_BYTES = 1 << 14  # in a row of codes, so that sums of 8 digits a byte times limbs stay below 2^31
-BYTES_OF_128 = 0x80808080 - (1 << 32)
 
 
 def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) -> Tensor:
@@ -46,13 +45,13 @@ def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) ->
 
     compiled: run products of few rows through torch.compile (affine codebooks only).
     """
+    few = len(x) <= FEW_ROWS and isinstance(book, AffineCodebook)
     with torch.no_grad():
-        if 0 < len(x) <= FEW_ROWS and isinstance(book, AffineCodebook):
-            if compiled and (y := attempt(_by_compiled_sums, x, codes, book)) is not None:
-                return y
-            if codes.device.type == "cpu" and _multiplies_bytes() and codes.shape[1] < MOST_BYTES:
-                return _by_integers(x, codes, book)
-        return _by_table(x, codes, book)
+        if few and compiled and (y := attempt(_by_compiled_planes, x, codes, book)) is not None:
+            return y
+        if few and (book.levels == 4 or not _whole_bytes(book)):
+            return _by_planes(x, codes, book)
+        return _by_decoding(x, codes, book)
 
 
 def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
@@ -68,30 +67,27 @@ def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
     return weights.flatten(1)[:, :columns]
 
 
+def fold(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tensor]:
+    """A folded into x: x fp32 [M, in] -> fp32 [planes, M, bytes] for masked digits, and a constant [M].
+
+    A digit j of `levels` at shift s in its byte is c_j = (byte & mask_j) / 2^s = 0 ... levels - 1, and
+    q_j = alpha c_j - beta, so  sum_j q_j x'_j = sum_j (alpha 2^-s x'_j) (byte & mask_j) - beta sum_j x'_j.
+    """
+    planes = 4 if book.levels == 4 else 8
+    alpha, beta = (1.0, 1.5) if book.levels == 4 else (2.0, 1.0)
+    vectors = F.pad(x, (0, -x.shape[1] % book.dim)).unflatten(1, (-1, book.dim))
+    digits = (vectors @ book.A).flatten(1)
+    constant = (vectors @ book.b).sum(1) - beta * digits.sum(1)
+    digits = F.pad(digits, (0, row_bytes * planes - digits.shape[1])).view(len(x), row_bytes, planes)
+    shifts = 8 // planes * torch.arange(planes - 1, -1, -1, device=x.device)
+    return (digits * (alpha * 0.5**shifts)).permute(2, 0, 1).contiguous(), constant
+
+
 def byte_table(book: Codebook) -> Tensor:
     """The four weights of every byte, fp32 [256, 4], for codebooks that fill whole bytes at 2 bits a weight."""
-    device = (book.table if isinstance(book, TableCodebook) else book.A).device
-    shifts = torch.arange(8 - book.bits, -1, -book.bits, device=device)
-    index = torch.arange(256, device=device)[:, None] >> shifts & (1 << book.bits) - 1
+    shifts = torch.arange(8 - book.bits, -1, -book.bits, device=_device(book))
+    index = torch.arange(256, device=_device(book))[:, None] >> shifts & (1 << book.bits) - 1
     return book.decode(index).reshape(256, 4)
-
-
-def fold(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tensor]:
-    """A folded into x: fp32 [M, in] -> z fp32 [M, digits a byte, bytes] and a constant [M], so that
-
-        y = sum of z_j v_j + constant        v_j = int8((byte ^ 128) & mask_j)
-
-    Digit j of a byte, at shift s, is c_j = 0 ... levels - 1 and means q_j = alpha c_j - beta. The flipped sign bit
-    makes the byte two's complement: v_j = 2^s c_j for all but the first, v_0 = 2^s c_0 - 128.
-    """
-    if x.shape[1] % book.dim:
-        x = F.pad(x, (0, -x.shape[1] % book.dim))
-    vectors = x.view(len(x), -1, book.dim)
-    digits = (vectors @ book.A).flatten(1)
-    factor, offset = _digit_scales(book.levels, x.device)
-    missing = row_bytes * len(factor) - digits.shape[1]
-    digits = (F.pad(digits, (0, missing)) if missing else digits).view(len(x), row_bytes, len(factor))
-    return (digits * factor).transpose(1, 2), digits.sum(1) @ offset + vectors.sum(1) @ book.b
 
 
 _failed: set[str] = set()  # names of what failed once and is not tried again
@@ -116,25 +112,20 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
         return None
 
 
-def _by_integers(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
-    z, constant = fold(x, codes.shape[1], book)
-    masks = torch.tensor(_masks(z.shape[1]), dtype=torch.int8)[:, None]
-    z = z.reshape(len(x), -1)
-    unit = z.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(2**30)
-    # 128 added to each byte of an integer, then taken off each byte alone: what is left are digits of base 256.
-    limbs = ((z / unit).round_().int() + BYTES_OF_128 ^ BYTES_OF_128).view(torch.int8)
-    right = limbs.view(len(x), -1, 4).transpose(0, 1).reshape(-1, 4 * len(x))
-    weights = unit.double() * 256.0 ** torch.arange(4, dtype=torch.float64)
-    y = x.new_empty(len(codes), len(x))
-    rows = max(1, WORKSPACE // len(right))
-    digits = torch.empty((min(rows, len(codes)), len(masks), codes.shape[1]), dtype=torch.int8)
-    for part, into in zip(codes.view(torch.int8).split(rows), y.split(rows), strict=True):
-        left = torch.bitwise_and((part ^ -128)[:, None], masks, out=digits[: len(part)]).flatten(1)
-        into.copy_((torch._int_mm(left, right).view(-1, len(x), 4) * weights).sum(2))
-    return (y + constant).T
+def _by_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
+    folded, constant = fold(x, codes.shape[1], book)
+    y = constant.repeat(len(codes), 1)
+    rows = max(1, WORKSPACE // (4 * codes.shape[1]))
+    digit = torch.empty_like(codes[:rows])
+    plane = torch.empty(digit.shape, device=x.device)
+    for part, into in zip(codes.split(rows), y.split(rows), strict=True):
+        for mask, x_j in zip(_masks(len(folded)), folded, strict=True):
+            torch.bitwise_and(part, mask, out=digit[: len(part)])
+            into.addmm_(plane[: len(part)].copy_(digit[: len(part)]), x_j.T)
+    return y.T
 
 
-def _by_table(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
+def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
     y = x.new_empty(len(codes), len(x))
     workspace = WORKSPACE if len(x) <= FEW_ROWS else WORKSPACE * MANY_ROWS_FACTOR
     parts = codes.split(max(1, workspace // (16 * codes.shape[1])))
@@ -157,41 +148,23 @@ def _decoded(parts: Sequence[Tensor], book: Codebook, columns: int) -> Iterator[
         yield found.view(torch.float32).view(len(part), -1)[:, :columns]
 
 
-def _by_compiled_sums(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
-    z, constant = fold(x, codes.shape[1], book)
-    return _compiled()(z.contiguous(), codes.view(torch.int8)) + constant[:, None]
+def _by_compiled_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
+    folded, constant = fold(x, codes.shape[1], book)
+    return _compiled()(folded, codes) + constant[:, None]
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
-    def sum_of_digits(z: Tensor, codes: Tensor) -> Tensor:
-        masks = _masks(z.shape[1])
-        return sum(((codes ^ -128) & mask).float() * z[:, None, j] for j, mask in enumerate(masks)).sum(2)
+def _compiled():
+    def sum_of_planes(folded: Tensor, codes: Tensor) -> Tensor:
+        terms = [(codes & mask).float() * part[:, None] for mask, part in zip(_masks(len(folded)), folded, strict=True)]
+        return sum(terms).sum(-1)
 
-    return torch.compile(sum_of_digits)
-
-
-def _masks(digits: int) -> list[int]:
-    """Where the digits of a byte are, highest first, as int8."""
-    width = 8 // digits
-    return [-(1 << 8 - width)] + [(256 - (1 << 8 - width)) >> width * j for j in range(1, digits)]
+    return torch.compile(sum_of_planes)
 
 
-@lru_cache(maxsize=8)
-def _digit_scales(levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each digit of a byte: alpha 2^-s, and what is left of q_j once alpha 2^-s v_j is taken off; fp32 both."""
-    digits, alpha, beta = (4, 1.0, 1.5) if levels == 4 else (8, 2.0, 1.0)
-    factor = alpha * 0.5 ** (8 // digits * torch.arange(digits - 1, -1, -1, dtype=torch.float32))
-    first = torch.zeros(digits)
-    first[0] = 128 * factor[0]
-    return factor.to(device), (first - beta).to(device)
-
-
-@lru_cache(maxsize=1)
-def _multiplies_bytes() -> bool:
-    """Whether this CPU has exact and fast products of bytes. Without VNNI they are slow, and may saturate."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.backends.mkldnn.is_available() and bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+def _masks(planes: int) -> list[int]:
+    width = 8 // planes
+    return [((1 << width) - 1) << 8 - width * (j + 1) for j in range(planes)]
 
 
 def _whole_bytes(book: Codebook) -> bool:
@@ -202,3 +175,7 @@ def _whole_bytes(book: Codebook) -> bool:
 def _byte_digits(levels: int, device: torch.device) -> Tensor:
     """Digits of every byte, fp32 [256, 4 or 8]."""
     return digits_of(torch.arange(256, device=device), 4 if levels == 4 else 8, levels)
+
+
+def _device(book: Codebook) -> torch.device:
+    return (book.table if isinstance(book, TableCodebook) else book.A).device
