@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .codebook import digits_of
 from .convert import linear_layers
+from .digits import digits_of
 from .linear import QuantLinear, StepLinear
 from .packed import Form, PackedLinear
 from .storage import forms_of

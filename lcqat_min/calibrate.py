@@ -16,9 +16,9 @@ blocks of d columns, and go from the last vector of columns to the first:
 Then loss = sum_k | C_kk^T (t_k - W_hat_k) |^2 exactly: what is left over is each vector's own rounding error.
 The metric matters for d > 1: the nearest codeword in plain distance is not the one of least loss.
 
-The sums are carried in blocks of FEEDBACK_BLOCK columns, so that almost all work is matrix products. For each
-row, several scales are tried, with and without feedback, and the best is kept: feedback never loses to plain
-rounding.
+The sums over later columns are taken for FEEDBACK_BLOCK columns at once, so almost all work is matrix
+products. For each row, several scales are tried, with and without feedback, and the best is kept: feedback
+never loses to plain rounding.
 
 H is damped (H + damping * mean(diag H) * I); when it is still not positive definite (fewer tokens than
 inputs, doubled channels) the damping rises tenfold until it is, and the value used is reported. An input that
@@ -32,14 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .codebook import AffineCodebook, Codebook, digits_of
+from .codebook import AffineCodebook, Codebook
+from .digits import digits_of
 
-FEEDBACK_BLOCK = 128
+FEEDBACK_BLOCK = 64
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
 SCALE_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1)  # of a row's root mean square: the first round of candidates
 
@@ -52,7 +53,7 @@ class Moments:
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factor:
     """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
 
@@ -164,30 +165,35 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
 
 def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
-    rows, n = W.shape
-    d, words = codebook.dim, codebook.codewords()
-    L, metric = _feedback_of(factor.C, d)
-    unit = (W / scale[:, None]).T.contiguous()  # [n, out], units of the scale: a vector is d rows
-    target, error = unit.clone(), torch.empty_like(unit)
+    (rows, n), d = W.shape, codebook.dim
+    L, metrics = _feedback_of(factor, d)
+    search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
+    target = (W.T / scale).contiguous()  # [n, out], units of the scale: a vector is d rows
+    error = torch.empty_like(target)  # W - W_hat
     index = torch.empty(n // d, rows, dtype=torch.long, device=W.device)
-    whole = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
-    for end in range(n, 0, -whole):
-        start = max(0, end - whole)
+    block = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
+    for end in range(n, 0, -block):
+        start = max(0, end - block)
+        error[start:end] = target[start:end]
+        target[start:end].addmm_(L[start:end, end:], error[end:])  # from later blocks: most of the work
         for k in range(end - d, start - 1, -d):
-            here = slice(k, k + d)
-            index[k // d] = codebook.encode(target[here].T, metric[k // d])
-            error[here] = unit[here] - F.embedding(index[k // d], words).T
-            target[start:k].addmm_(L[here, start:k].T, error[here])
-        target[:start].addmm_(L[start:end, :start].T, error[start:end])
-    return index.T.contiguous(), target.T.contiguous()
+            t = target[k : k + d]
+            if k + d < end:
+                t.addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
+            code = index[k // d] = search(t, k // d)
+            error[k : k + d].sub_(words.index_select(1, code))
+    return index.T, target.T
 
 
-def _feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Cholesky factor C [n, n] -> feedback L (fp32 [n, n]), the metric of each vector (fp32 [n/d, d, d])."""
-    blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, len(C), d)])
-    columns = zip(C.split(d, dim=1), torch.linalg.inv(blocks), strict=True)
-    L = torch.cat([column @ inverse for column, inverse in columns], dim=1)
-    return L.float(), (blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]).float()
+@lru_cache(maxsize=1)  # the same for every scale and codebook that a layer tries
+def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:
+    """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk over their mean, [n/d, d, d]."""
+    C, groups = factor.C, len(factor.C) // d
+    blocks = C.unfold(0, d, d).unfold(1, d, d).diagonal(dim1=0, dim2=1).permute(2, 0, 1)  # [n/d, d, d]
+    by_vector = C.T.reshape(groups, d, -1)  # C_k^T, [d, n]
+    L = torch.linalg.solve_triangular(blocks.mT, by_vector, upper=True)
+    metrics = blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return L.flatten(0, 1).float(), metrics.float()
 
 
 def round_matrix(
@@ -207,31 +213,25 @@ def round_matrix(
         )
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    best: Rounded | None = None
-    for scale in scales:
-        for method in (plain_round, feedback_round) if feedback else (plain_round,):
-            index, target = method(W, scale, codebook, *((factor,) if method is feedback_round else ()))
-            loss = proxy_loss(codebook.decode(index).flatten(1) * scale[:, None] - W, factor.H)
-            best = _better_rows(best, Rounded(codebook, index, scale, target, loss))
-    return best
+    scales = torch.stack(list(scales))
+    tall, scale = W.repeat(len(scales), 1), scales.flatten()  # all candidates at once, as rows of a tall matrix
+    rounded = [plain_round(tall, scale, codebook)]
+    if feedback:
+        rounded.append(feedback_round(tall, scale, codebook, factor))
+    scales = scales.repeat(len(rounded), 1)  # [candidates, out]
+    index, target = (torch.cat(parts).unflatten(0, scales.shape) for parts in zip(*rounded, strict=True))
+    loss = torch.stack([
+        proxy_loss(codebook.decode(i).flatten(1) * s[:, None] - W, factor.H)
+        for i, s in zip(index, scales, strict=True)
+    ])
+    best, rows = loss.argmin(0), torch.arange(len(W), device=W.device)
+    return Rounded(codebook, *(each[best, rows] for each in (index, scales, target, loss)))
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
     """Candidates for `round_matrix`: `factors` times each row's root mean square, at least SMALLEST_SCALE."""
     rms = W.square().mean(1).sqrt()
     return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
-
-
-def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
-    if best is None:
-        return other
-    win = other.loss < best.loss
-
-    def pick(name: str) -> Tensor:
-        ours, theirs = getattr(best, name), getattr(other, name)
-        return torch.where(win.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
-
-    return Rounded(other.codebook, *(pick(name) for name in ("index", "scale", "target", "loss")))
 
 
 def refit(W: Tensor, rounded: Rounded, H: Tensor) -> AffineCodebook:

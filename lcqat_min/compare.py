@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .bits import bits_per_weight
 from .convert import QuantConfig, quantize
-from .evaluate import kl_to, perplexity
+from .evaluate import perplexity_and_kl
 from .text import Splits, batches, sample_windows
 from .train import TrainConfig, train
 
@@ -132,8 +132,8 @@ class Lab:
     def score(self, model: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
         """Perplexity and KL to the unquantized model on the test text (or other ids)."""
         ids = (self.text.test if ids is None else ids)[: self.budget.eval_tokens]
-        window = self.budget.window
-        return perplexity(model, ids, window).value, kl_to(self.teacher, model, ids, window)
+        found, kl = perplexity_and_kl(self.teacher, model, ids, self.budget.window)
+        return found.value, kl
 
 
 def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:

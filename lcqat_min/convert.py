@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from . import codebook as cb
 from .calibrate import SMALLEST_SCALE, Factor, Rounded, factorize, refit, round_matrix, row_scales, second_moments
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
+from .lloyd import fit, table_start
 from .rotate import random_signs, rotate
 from .rounding import ESTIMATORS
 
@@ -178,13 +179,15 @@ def normal_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
         return cb.lattice(dim)
     x = torch.randn(30_000, dim, generator=generator)
     if kind == "table":
-        return cb.fit(x, cb.table_start(x, 4**dim, generator), rounds=20)
-    if dim <= 4:
-        return cb.fit(x, cb.random_planes(dim, generator), rounds=60)
+        return fit(x, table_start(x, 4**dim, generator), rounds=20)
+    if dim == 4:
+        return cb.frame_planes()
+    if dim < 4:
+        return fit(x, cb.random_planes(dim, generator), rounds=60)
     half = normal_codebook(kind, dim // 2, seed)  # two of half the size side by side, then free
     rest = normal_codebook(kind, dim - dim // 2, seed)
     A = torch.block_diag(half.A, rest.A) + 0.05 * torch.randn(dim, 2 * dim, generator=generator)
-    return cb.fit(x[:12_000], cb.AffineCodebook(A, torch.cat([half.b, rest.b]), 2), rounds=30)
+    return fit(x[:12_000], cb.AffineCodebook(A, torch.cat([half.b, rest.b]), 2), rounds=30)
 
 
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:
@@ -240,7 +243,7 @@ def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
     rotated = (_pad(_rotated(weight_of(layer), plan[name]), config.dim) for name, layer in layers.items())
     x = torch.cat([_some(_normalized(W, config.dim), share).cpu() for W in rotated])
     start = normal_codebook("table", config.dim, config.seed)
-    return cb.fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)
+    return fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)
 
 
 def _round(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantConfig) -> Rounded:
@@ -252,7 +255,7 @@ def _round(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantC
     if config.scale == "max":
         return round_matrix(W, factor, book, [(W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)], config.feedback)
     if fitted := config.codebook in ("lattice", "planes"):
-        book = cb.fit(_some(_normalized(W, config.dim), FIT_VECTORS), book, rounds=FIT_ROUNDS)
+        book = fit(_some(_normalized(W, config.dim), FIT_VECTORS), book, rounds=FIT_ROUNDS)
     best = round_matrix(W, factor, book, row_scales(W), config.feedback)
     for _ in range(config.refits):
         book = refit(W, best, factor.H) if fitted else best.codebook

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .codebook import AffineCodebook, Codebook, TableCodebook, digits_of, index_of
+from .codebook import AffineCodebook, Codebook, TableCodebook
+from .digits import digits_of, index_of
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:

@@ -107,16 +107,26 @@ def kl_to(teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, 
     total, positions = 0.0, 0
     with _evaluating(teacher, model):
         for x, _ in _window_batches(ids, window, window, batch_size):
-            teacher_logits, logits = _logits(teacher, x), _logits(model, x)
-            theirs, ours = teacher_logits.shape[-1], logits.shape[-1]
-            if theirs != ours:
-                raise ValueError(
-                    f"the teacher has a vocabulary of {theirs} tokens, the model of {ours}: "
-                    "KL needs one vocabulary, so compare models that share a tokenizer and its padding"
-                )
-            total += _sum_kl(teacher_logits, logits)
+            total += _sum_kl(*_both_logits(teacher, model, x))
             positions += x.numel()
     return total / positions
+
+
+def perplexity_and_kl(
+    teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, batch_size: int = 8
+) -> tuple[Perplexity, float]:
+    """`perplexity(model, ids, window)` and `kl_to(teacher, model, ids, window)` from one forward pass of each."""
+    _check(ids, window, window, batch_size, shortest_window=2)
+    nll, kl, tokens, positions = 0.0, 0.0, 0, 0
+    with _evaluating(teacher, model):
+        for x, new in _window_batches(ids, window, window, batch_size):
+            teacher_logits, logits = _both_logits(teacher, model, x)
+            labels = _with_labels(x, new, None)[1]
+            nll, kl = nll + _sum_nll(logits, labels), kl + _sum_kl(teacher_logits, logits)
+            tokens, positions = tokens + int((labels != IGNORED).sum()), positions + x.numel()
+    nll /= tokens
+    value = torch.tensor(nll, dtype=torch.float64).exp().item()
+    return Perplexity(value, nll, tokens, window, window, None), kl / positions
 
 
 def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int) -> None:
@@ -187,6 +197,16 @@ def _rows_a_slice(logits: Tensor) -> int:
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return model(input_ids=x.to(_device(model)), use_cache=False).logits
+
+
+def _both_logits(teacher: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    teacher_logits, logits = _logits(teacher, x), _logits(model, x)
+    if (theirs := teacher_logits.shape[-1]) != (ours := logits.shape[-1]):
+        raise ValueError(
+            f"the teacher has a vocabulary of {theirs} tokens, the model of {ours}: "
+            "KL needs one vocabulary, so compare models that share a tokenizer and its padding"
+        )
+    return teacher_logits, logits
 
 
 def _device(model: nn.Module) -> torch.device:

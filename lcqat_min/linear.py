@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .calibrate import Rounded
-from .codebook import AffineCodebook, digits_of, index_of
+from .codebook import AffineCodebook
+from .digits import digits_of, index_of
 from .rotate import mix, unrotate
 from .rounding import round_to_levels, sign_of
 

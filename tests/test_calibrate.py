@@ -29,11 +29,11 @@ from lcqat_min.codebook import (
     AffineCodebook,
     Codebook,
     TableCodebook,
-    digits_of,
     lattice,
     random_planes,
     scalar,
 )
+from lcqat_min.digits import digits_of
 
 BATCHES = [torch.arange(14).view(2, 7), torch.arange(40, 55).view(3, 5)]  # 29 tokens
 KINDS = ("scalar", "lattice", "planes", "table")

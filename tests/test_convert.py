@@ -28,6 +28,7 @@ from lcqat_min.convert import (
     weight_of,
 )
 from lcqat_min.linear import AffineLinear, StepLinear, TableLinear
+from lcqat_min.lloyd import fit, mean_squared_error, table_start
 
 BLOCK = ("layers.1", "h.1.", "lm_head")  # skip the second block: half the time
 PAIR = (*BLOCK, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")  # leaves two layers
@@ -45,8 +46,8 @@ def rough_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
     if kind == "lattice":
         return cb.lattice(dim)
     x = torch.randn(1500 if dim <= 4 else 200, dim, generator=generator)
-    start = cb.table_start(x, 4**dim, generator) if kind == "table" else cb.random_planes(dim, generator)
-    return cb.fit(x, start, rounds=8 if dim <= 4 else 2)
+    start = table_start(x, 4**dim, generator) if kind == "table" else cb.random_planes(dim, generator)
+    return fit(x, start, rounds=8 if dim <= 4 else 2)
 
 
 @pytest.fixture(autouse=True)
@@ -404,6 +405,6 @@ def test_wrong_settings(wrong, match):
 def test_the_start_of_every_fit_beats_the_scalar_grid():
     real = REAL_CODEBOOK.__wrapped__
     x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
-    scalar = cb.mean_squared_error(x.flatten()[:, None], real("scalar", 1, 0))
+    scalar = mean_squared_error(x.flatten()[:, None], real("scalar", 1, 0))
     for kind in ("planes", "table"):
-        assert cb.mean_squared_error(x, real(kind, 2, 0)) < 0.96 * scalar
+        assert mean_squared_error(x, real(kind, 2, 0)) < 0.96 * scalar

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lcqat_min import evaluate
-from lcqat_min.evaluate import Perplexity, kl_to, perplexity
+from lcqat_min.evaluate import Perplexity, kl_to, perplexity, perplexity_and_kl
 
 
 class Table(nn.Module):
@@ -124,6 +124,12 @@ def test_kl_agrees_with_a_double_loop(tiny_llama, tiny_gpt2, ids):
             terms.append(sum(p.exp() * (p - q) for p, q in zip(log_p, log_q, strict=True)).item())
     assert kl_to(teacher, model, ids, window=8) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
     assert kl_to(model, teacher, ids, window=8) != pytest.approx(sum(terms) / len(terms), rel=1e-2)
+
+
+def test_one_pass_for_both_gives_the_same_two(tiny_llama, tiny_gpt2, ids):
+    teacher, model = tiny_llama(), tiny_gpt2()
+    both = perplexity_and_kl(teacher, model, ids, window=5, batch_size=2)
+    assert both == (perplexity(model, ids, 5, batch_size=2), kl_to(teacher, model, ids, 5, batch_size=2))
 
 
 def test_batches_and_slices_do_not_change_the_result(tiny_llama, ids, monkeypatch):

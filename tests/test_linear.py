@@ -17,6 +17,7 @@ from torch import nn
 
 from lcqat_min import codebook as cb
 from lcqat_min.calibrate import Rounded
+from lcqat_min.digits import digits_of, index_of
 from lcqat_min.linear import MARGIN, AffineLinear, QuantLinear, StepLinear, TableLinear, starting_latents
 from lcqat_min.rotate import hadamard, random_signs
 
@@ -188,7 +189,7 @@ def test_a_scalar_latent_is_the_weight_in_bins(generator):
 def test_lattice_with_a_multiple_of_the_identity_is_the_scalar_layer(on_codes, generator):
     s, rows, width = 0.7, 5, 12
     one = some_rounded(cb.scalar(s), rows, width, generator)
-    index = cb.index_of(cb.digits_of(one.index, 1, 4).view(rows, 3, 4), 4)
+    index = index_of(digits_of(one.index, 1, 4).view(rows, 3, 4), 4)
     four = Rounded(cb.lattice(4, s), index, one.scale, one.target, one.loss)
     signs = random_signs(width, generator), random_signs(rows, generator)
     scalar, lattice = (AffineLinear(width, rows, r, None, *signs, "ste", True, on_codes) for r in (one, four))
@@ -240,7 +241,7 @@ def test_gradients_are_the_chain_rule(kind, d, estimator, generator):
     d_decoded = torch.zeros_like(decoded)
     d_decoded[:, :width] = dM * r[:, None]
     per_vector = d_decoded.view(-1, d)
-    q = cb.digits_of(layer.codes(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
+    q = digits_of(layer.codes(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
     latent = layer.latent.detach()
     u, top = ((latent + 1) / 2, 1) if layer.levels == 2 else (latent, 3)
     expected = {

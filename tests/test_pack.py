@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lcqat_min import QuantConfig, TrainConfig, quantize, train
-from lcqat_min.codebook import digits_of
 from lcqat_min.convert import normal_codebook
+from lcqat_min.digits import digits_of
 from lcqat_min.linear import QuantLinear
 from lcqat_min.pack import (
     PackedLinear,
@@ -58,7 +58,7 @@ def no_fitting():
     """Any codebook will do here, so take the starting ones: fitting is most of the time of `quantize`."""
     with pytest.MonkeyPatch.context() as patch:
         normal_codebook.cache_clear()
-        patch.setattr("lcqat_min.codebook.fit", lambda x, start, rounds: start)
+        patch.setattr("lcqat_min.convert.fit", lambda x, start, rounds: start)
         yield
     normal_codebook.cache_clear()
 
