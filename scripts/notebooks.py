@@ -1,0 +1,82 @@
+"""Run the notebooks from top to bottom and store their outputs: `make notebooks`, or some of them by name.
+
+    python scripts/notebooks.py                 all of them, in order
+    python scripts/notebooks.py 02 05           these alone
+    python scripts/notebooks.py --slides        HTML slides of all, from the slide types in the cells' metadata
+
+Each runs in a kernel of its own, offline, in its own folder. A notebook is replaced only after all of its cells have
+run; what is not the same on each run (times, machine) is left out of it. How long each took goes to
+results/notebooks.json, and the instructor's guide shows that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from lcqat_min.compare import describe, read_results, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "notebooks.json"
+QUIET = {"LCQAT_QUIET": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(path: Path) -> float:
+    """Execute a notebook and store it with its outputs; seconds taken."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(path, as_version=4)
+    clock = time.perf_counter()
+    NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    seconds = time.perf_counter() - clock
+    for place, cell in enumerate(book.cells):
+        cell.id = f"c{place:02d}"
+        cell.metadata.pop("execution", None)  # time stamps
+    book.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    part = path.with_name(path.name + ".part")
+    nbformat.write(book, part)
+    os.replace(part, path)
+    return seconds
+
+
+def slides(paths: list[Path]) -> None:
+    """One HTML file of slides for each notebook, in runs/slides/."""
+    from nbconvert import SlidesExporter
+
+    target = ROOT / "runs" / "slides"
+    target.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        html, _ = SlidesExporter(exclude_input=True).from_filename(str(path))
+        (target / f"{path.stem}.html").write_text(html, encoding="utf-8")
+    print(f"{len(paths)} decks are in {target.relative_to(ROOT)}/; a browser shows them, with reveal.js from the net.")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("names", nargs="*", help="how the files' names begin (default: all)")
+    options.add_argument("--slides", action="store_true", help="write slides instead of running")
+    args = options.parse_args()
+    names = tuple(args.names) or ("",)
+    paths = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.name.startswith(names)]
+    if not paths:
+        sys.exit(f"no notebook in notebooks/ begins with {' or '.join(names)}")
+    if args.slides:
+        return slides(paths)
+    os.environ.update(QUIET)
+    for path in paths:
+        seconds = run(path)
+        print(f"{path.stem:<30}{seconds:6.0f} s", flush=True)
+        rows = read_results(RESULTS)["rows"] if RESULTS.exists() else []
+        rows = [row for row in rows if row["notebook"] != path.stem] + [{"notebook": path.stem, "seconds": seconds}]
+        write_json(RESULTS, {"meta": describe({}), "rows": sorted(rows, key=lambda row: row["notebook"])})
+
+
+if __name__ == "__main__":
+    main()
