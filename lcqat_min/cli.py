@@ -2,6 +2,7 @@
 
     compare     every way to 2 bits on one model: the table, the picture, sample texts
     quantize, train, export, generate, bits: see verbs.py
+    check       will it all run on this machine? see preflight.py
 
 Mistakes of the caller (unknown names, missing files or devices, unusable text) end in one line on stderr and exit
 code 2.
@@ -108,6 +109,9 @@ def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     bits.add_argument("folder", help="packed or ordinary model")
     bits.set_defaults(run=do.run_bits)
 
+    check = verbs.add_parser("check", help="will it all run on this machine? Names the remedy")
+    check.set_defaults(run=run_check)
+
 
 def positive(text: str) -> int:
     """An option's value as an integer of at least 1."""
@@ -139,6 +143,13 @@ def _compare_help() -> str:
         "Quantize one language model to 2 bits in every way, train each for the same tokens, and print one table.\n"
         "A run writes to runs/<time>/ and shows its figures beside the committed ones.\n\narms:\n" + arms
     )
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """The verb `check`: 0 when all that is needed is there, else 1."""
+    from .preflight import check
+
+    return 0 if check() else 1
 
 
 def run_compare(args: argparse.Namespace) -> int:

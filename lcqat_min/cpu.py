@@ -4,23 +4,21 @@
 
 A byte of codes holds four weights (2 bits each). Two ways from bytes to a product, both exact in fp32:
 
-table    One lookup of 16 bytes, four fp32 weights, for each byte; then a dense product with the chunk. The
+decode   One lookup of 16 bytes, four fp32 weights, for each byte; then a dense product with the chunk. The
          lookup costs the same for every codebook that fills whole bytes, and is shared by all rows of x.
-planes   Linearity instead of lookups. With D = A q + b for each vector, and x_g the inputs of vector g,
+sums     Linearity instead of weights. With D = A q + b for each vector, and x_g the inputs of vector g,
 
              y = sum_g (A q_g + b)^T x_g = sum_g q_g^T (A^T x_g)  +  sum_g b^T x_g
 
-         so A is folded into x once, for all rows, and digit j of every byte makes a plane: a matrix of small
-         numbers that multiplies its own slice of A^T x. To take out a digit, one AND with a mask is enough:
-         it stays where it is in the byte, 2^s times too large, and x pays for that with a factor 2^-s.
+         so A is folded into x once, for all rows. What a byte can add to y is one of 256 sums of its digits
+         times their folded inputs: make these sums once for each place of a byte, and a row of y is `in / 4`
+         lookups of one number and a sum, for any affine codebook (T-MAC, arXiv 2407.00088, for 2-bit grids).
+         The sums depend on x, so this is for one row of x.
 
-Four-level codes have four planes a byte; two-level codes have eight, twice the work. So four levels go by
-planes while x has few rows, all else by table.
+`compiled=True` hands few rows to torch.compile as planes: digit j of every byte times its slice of A^T x, all
+in one pass over the bytes. It needs a C++ compiler and compiles for seconds at the first call.
 
-`compiled=True` hands the planes to torch.compile: bytes are read once and no plane is ever written. It needs
-a C++ compiler and compiles for seconds at the first call.
-
-Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-written kernels (T-MAC).
+Gives up: threads share each small step of a chunk; no SIMD lookup as in hand-written kernels.
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ from .codebook import AffineCodebook, Codebook, TableCodebook
 from .digits import digits_of, index_of
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
+LOOKUPS = 1 << 18  # numbers looked up at a time
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
 MANY_ROWS_FACTOR = 8  # times the workspace
 
@@ -46,13 +45,12 @@ def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) ->
 
     compiled: run products of few rows through torch.compile (affine codebooks only).
     """
-    few = len(x) <= FEW_ROWS and isinstance(book, AffineCodebook)
+    affine = isinstance(book, AffineCodebook)
     with torch.no_grad():
-        if few and compiled and (y := attempt(_by_compiled_planes, x, codes, book)) is not None:
-            return y
-        if few and (book.levels == 4 or not _whole_bytes(book)):
-            return _by_planes(x, codes, book)
-        return _by_decoding(x, codes, book)
+        if affine and compiled and len(x) <= FEW_ROWS:
+            if (y := attempt(_by_compiled_planes, x, codes, book)) is not None:
+                return y
+        return _by_sums(x, codes, book) if affine and len(x) == 1 else _by_decoding(x, codes, book)
 
 
 def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
@@ -113,17 +111,21 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
         return None
 
 
-def _by_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
+def _by_sums(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
     folded, constant = fold(x, codes.shape[1], book)
-    y = constant.repeat(len(codes), 1)
-    rows = max(1, WORKSPACE // (4 * codes.shape[1]))
-    digit = torch.empty_like(codes[:rows])
-    plane = torch.empty(digit.shape, device=x.device)
+    masks = torch.tensor(_masks(len(folded)), device=x.device)
+    masked = (torch.arange(256, device=x.device)[:, None] & masks).float()  # [256, planes]
+    sums = (folded[:, 0].T @ masked.T).flatten()  # [bytes * 256]: 256 for each place of a byte
+    first = 256 * torch.arange(codes.shape[1], dtype=torch.int32, device=x.device)
+    y = x.new_empty(len(codes))
+    rows = max(1, LOOKUPS // codes.shape[1])
+    place = first.new_empty(rows, codes.shape[1])  # used again and again: fresh memory costs as much as a lookup
+    found = x.new_empty(place.numel())
     for part, into in zip(codes.split(rows), y.split(rows), strict=True):
-        for mask, x_j in zip(_masks(len(folded)), folded, strict=True):
-            torch.bitwise_and(part, mask, out=digit[: len(part)])
-            into.addmm_(plane[: len(part)].copy_(digit[: len(part)]), x_j.T)
-    return y.T
+        where = place[: len(part)].copy_(part).add_(first).flatten()
+        torch.index_select(sums, 0, where, out=found[: len(where)])
+        torch.sum(found[: len(where)].view(part.shape), 1, out=into)
+    return (y + constant)[None]
 
 
 def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:

@@ -6,6 +6,7 @@ its cache) through `from_pretrained`. Code that comes with a checkpoint is never
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -41,7 +42,10 @@ def choose_device(name: str) -> torch.device:
 def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
     """Model (fp32, eval mode, on `device`) and tokenizer of a folder or a hub name; ValueError says why it failed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if os.environ.get("LCQAT_QUIET") == "1":
+        disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)

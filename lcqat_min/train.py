@@ -23,9 +23,8 @@ steps. No weight decay: on a latent it pulls towards a rounding boundary.
 What trains is kept in fp32: in bf16, 1 + 0.001 is 1, so small steps would round to nothing. For speed use
 torch.autocast (around the call of `train`) or an accelerator, which leave the parameters in fp32.
 
-A run can be stopped and resumed: one safetensors file, written whole or not at all, holds parameters,
-optimizer state and history; batches that were already used are drawn again and passed over. Same seed, same
-batches, same result, but for dropout, whose masks are drawn afresh.
+A run can be stopped and resumed (checkpoint.py); batches that were already used are drawn again and passed
+over. Same seed, same batches, same result, but for dropout, whose masks are drawn afresh.
 
 Gives up: no gradient accumulation, no sharding of its own. Pass an `accelerate.Accelerator` for several
 devices or mixed precision; each process brings its own share of the batches.
@@ -33,21 +32,19 @@ devices or mixed precision; each process brings its own share of the batches.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Run
 from .convert import quant_layers
 from .linear import AffineLinear, StepLinear
 
 KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
-GROUPS = ("latents", "scales", "codebooks", "rest")
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     accelerator = _OneProcess() if accelerator is None else accelerator
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
-    run = _Run(model, optimizer, config)  # after prepare, which may move the parameters to another device
+    run = Run(model, optimizer, config)  # after prepare, which may move the parameters to another device
     done, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, [], [])
     was_training = model.training
     model.train()
@@ -137,7 +134,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             if on_step:
                 on_step(step, loss.item())
             done = step + 1
-            if checkpoint and done % config.checkpoint_every == 0 and accelerator.is_main_process:
+            due = done % config.checkpoint_every == 0 or done == config.steps
+            if checkpoint and due and accelerator.is_main_process:
                 run.save(checkpoint, done, history, losses)
     finally:
         model.train(was_training)
@@ -256,98 +254,3 @@ def _culprit(model: nn.Module) -> str:
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name!r} is the last that holds NaN or infinity: look there."
     return "all parameters are finite. Check the batch, the teacher and the dtype (fp16 overflows; use bf16)."
-
-
-class _Run:
-    """What is needed to describe, save and resume a run."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: TrainConfig):
-        self.model, self.optimizer, self.config = model, optimizer, config
-        self.groups = list(optimizer.param_groups)
-        self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
-        self.start_codes = self._codes()
-        self.device = next(model.parameters()).device
-
-    def _codes(self) -> dict[str, Tensor]:
-        return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}
-
-    def is_log_point(self, step: int) -> bool:
-        return (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps
-
-    def _by_kind(self, value: Callable[[dict], tuple[float, int]], mean: bool) -> Iterator[tuple[str, float]]:
-        for kind in GROUPS:
-            parts = [value(g) for g in self.groups if g["kind"] == kind]
-            if parts:
-                total = sum(square for square, _ in parts) / (sum(count for _, count in parts) if mean else 1)
-                yield kind, total**0.5
-
-    def gradient_norms(self) -> dict[str, float]:
-        def square(group: dict) -> tuple[float, int]:
-            grad = group["params"][0].grad
-            return (0.0, 1) if grad is None else (grad.float().square().sum().item(), grad.numel())
-
-        return {f"grad_{kind}": norm for kind, norm in self._by_kind(square, mean=False)}
-
-    def row(self, step: int, tokens_a_step: int, losses: list[float], grads: dict[str, float]) -> dict:
-        def square(group: dict) -> tuple[float, int]:
-            moved = group["params"][0].detach() - self.start[group["name"]]
-            return moved.float().square().sum().item(), moved.numel()
-
-        codes = self._codes()
-        count = sum(c.numel() for c in codes.values())
-        flips = sum((codes[name] != start).sum().item() for name, start in self.start_codes.items())
-        return {"step": step + 1, "tokens": (step + 1) * tokens_a_step, "loss": sum(losses) / len(losses),
-                "rate": self.config.rate(step), "flips": flips / max(count, 1), **grads,
-                **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)}}
-
-    def save(self, path: Path, step: int, history: list[dict], losses: list[float]) -> None:
-        """Write all that `load` gives back: `step` steps done, losses since the last row of the history."""
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for group in self.groups:
-            parameter, name = group["params"][0], group["name"]
-            state = self.optimizer.state[parameter]
-            tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
-                        **{f"adam.{key}.{name}": value for key, value in state.items()}}
-        meta = {"config": asdict(self.config), "step": step, "history": history, "losses": losses}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
-                  metadata={key: json.dumps(value) for key, value in meta.items()})
-        os.replace(temporary, path)
-
-    def load(self, path: Path) -> tuple[int, list[dict], list[float]]:
-        """Restore parameters and optimizer; returns steps done, history, losses since its last row.
-
-        Nothing is touched before the whole file has been read and found to belong to this run.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole checkpoint ({error}): delete it to start afresh") from error
-        self._check(path, meta, tensors)
-        with torch.no_grad():
-            for group in self.groups:
-                parameter, name = group["params"][0], group["name"]
-                parameter.copy_(tensors[f"now.{name}"])
-                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                         if f"adam.{key}.{name}" in tensors}
-                self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
-                                                   for key, value in state.items()}
-        return json.loads(meta["step"]), json.loads(meta["history"]), json.loads(meta["losses"])
-
-    def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
-        saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
-        ours = {group["name"]: group["params"][0].shape for group in self.groups}
-        if meta.get("config") != json.dumps(asdict(self.config)) or saved != ours:
-            raise ValueError(f"{path} is the checkpoint of another run (other config or model): delete it to "
-                             "start afresh, or run with the settings it was made with")
-        for name, start in self.start.items():
-            if not torch.equal(tensors[f"start.{name}"], start.cpu()):
-                raise ValueError(f"{path} started from another model ({name!r} differs): quantize again as "
-                                 "for that run, or delete the file to start afresh")

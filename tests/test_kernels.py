@@ -278,8 +278,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_no_dense_weight_on_the_cpu(name, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "WORKSPACE", 1 << 16)
+    monkeypatch.setattr(cpu, "LOOKUPS", 1 << 14)
     book = book_of(name)
-    codes, _ = packed(book, 1024, 256)
+    codes, _ = packed(book, 1024, 256)  # the dense weight has 2^18 numbers; one row of x has 2^14 sums of bytes
     with Largest() as largest:
         cpu.product(torch.ones(tokens, 256), codes, book)
     digits = 2 if name == "planes 8" else 1  # decoded from two-level digits, two a weight

@@ -1,0 +1,123 @@
+"""What a training run remembers: its history, and all that it needs to go on after it was stopped.
+
+    history      a row a log point: loss, flips, and for each kind of parameter its gradient and its movement
+    checkpoint   one safetensors file, written whole or not at all: parameters now and at the start, the
+                 optimizer's state, and as JSON the settings, the steps done and the history
+
+A file is refused before anything is touched when it is damaged, was made with other settings, or started from
+another model. Gives up: the teacher is not in the file; bring the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .convert import quant_layers
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+GROUPS = ("latents", "scales", "codebooks", "rest")
+
+
+class Run:
+    """What is needed to describe, save and resume a run."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: TrainConfig):
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.groups = list(optimizer.param_groups)
+        self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
+        self.start_codes = self._codes()
+        self.device = next(model.parameters()).device
+
+    def _codes(self) -> dict[str, Tensor]:
+        return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}
+
+    def is_log_point(self, step: int) -> bool:
+        return (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps
+
+    def _by_kind(self, value: Callable[[dict], tuple[float, int]], mean: bool) -> Iterator[tuple[str, float]]:
+        for kind in GROUPS:
+            parts = [value(g) for g in self.groups if g["kind"] == kind]
+            if parts:
+                total = sum(square for square, _ in parts) / (sum(count for _, count in parts) if mean else 1)
+                yield kind, total**0.5
+
+    def gradient_norms(self) -> dict[str, float]:
+        def square(group: dict) -> tuple[float, int]:
+            grad = group["params"][0].grad
+            return (0.0, 1) if grad is None else (grad.float().square().sum().item(), grad.numel())
+
+        return {f"grad_{kind}": norm for kind, norm in self._by_kind(square, mean=False)}
+
+    def row(self, step: int, tokens_a_step: int, losses: list[float], grads: dict[str, float]) -> dict:
+        def square(group: dict) -> tuple[float, int]:
+            moved = group["params"][0].detach() - self.start[group["name"]]
+            return moved.float().square().sum().item(), moved.numel()
+
+        codes = self._codes()
+        count = sum(c.numel() for c in codes.values())
+        flips = sum((codes[name] != start).sum().item() for name, start in self.start_codes.items())
+        return {"step": step + 1, "tokens": (step + 1) * tokens_a_step, "loss": sum(losses) / len(losses),
+                "rate": self.config.rate(step), "flips": flips / max(count, 1), **grads,
+                **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)}}
+
+    def save(self, path: Path, step: int, history: list[dict], losses: list[float]) -> None:
+        """Write all that `load` gives back: `step` steps done, losses since the last row of the history."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for group in self.groups:
+            parameter, name = group["params"][0], group["name"]
+            state = self.optimizer.state[parameter]
+            tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
+                        **{f"adam.{key}.{name}": value for key, value in state.items()}}
+        meta = {"config": asdict(self.config), "step": step, "history": history, "losses": losses}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
+                  metadata={key: json.dumps(value) for key, value in meta.items()})
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> tuple[int, list[dict], list[float]]:
+        """Restore parameters and optimizer; returns steps done, history, losses since its last row.
+
+        Nothing is touched before the whole file has been read and found to belong to this run.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no whole checkpoint ({error}): delete it to start afresh") from error
+        self._check(path, meta, tensors)
+        with torch.no_grad():
+            for group in self.groups:
+                parameter, name = group["params"][0], group["name"]
+                parameter.copy_(tensors[f"now.{name}"])
+                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                         if f"adam.{key}.{name}" in tensors}
+                self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
+                                                   for key, value in state.items()}
+        return json.loads(meta["step"]), json.loads(meta["history"]), json.loads(meta["losses"])
+
+    def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
+        ours = {group["name"]: group["params"][0].shape for group in self.groups}
+        if meta.get("config") != json.dumps(asdict(self.config)) or saved != ours:
+            raise ValueError(f"{path} is the checkpoint of another run (other config or model): delete it to "
+                             "start afresh, or run with the settings it was made with")
+        for name, start in self.start.items():
+            if not torch.equal(tensors[f"start.{name}"], start.cpu()):
+                raise ValueError(f"{path} started from another model ({name!r} differs): quantize again as "
+                                 "for that run, or delete the file to start afresh")
