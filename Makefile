@@ -14,11 +14,12 @@ TORCH_INDEX ?=
 ARGS        ?=
 
 PY    := .venv/bin/python
+QUIET := LCQAT_QUIET=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test bench figures lint lab clean
+.PHONY: help setup compare test bench figures notebooks slides lint lab clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,18 +41,21 @@ compare: $(READY)  ## quantize the bundled model to 2 bits with every method and
 
 test: $(READY)  ## run the unit tests, then every notebook
 	$(PY) -m pytest -n 2 --dist loadfile
-	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null | head -n 1)" ]; then \
-	  echo "There is no notebook yet: only the unit tests ran."; \
-	else \
-	  LCQAT_QUIET=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	  $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/; \
-	fi
+	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=300 notebooks
 
 bench: $(READY)  ## measure what training costs on this CPU, in ratios
 	$(PY) scripts/bench_cpu.py $(ARGS)
 
-figures: $(READY)  ## draw the figures again from results/
+figures: $(READY)  ## draw all pictures again: those of results/ and those of the notebooks
 	$(PY) scripts/figures.py
+	LCQAT_FIGURES=1 $(PY) scripts/notebooks.py
+
+notebooks: $(READY)  ## run the notebooks from top to bottom and store their outputs
+	$(PY) scripts/notebooks.py
+
+slides: $(READY)  ## HTML slides of the notebooks, in runs/slides/
+	$(PY) scripts/notebooks.py --slides
 
 lint: $(READY)  ## check the style
 	$(PY) -m ruff check .

@@ -224,7 +224,9 @@ def _prepare(W: Tensor, H: Tensor, signs: tuple, config: QuantConfig) -> tuple[T
     """W and the factor of H in the basis of the codes, padded to whole vectors."""
     if signs[0] is not None:
         H = rotate(rotate(H, signs[0].double()).T, signs[0].double())
-    H = _pad(_pad(H, config.vector).T, config.vector)  # padding is never active: factorize looks after it
+    n = len(H)
+    H = _pad(_pad(H, config.vector).T, config.vector)
+    H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error must not count
     return _pad(_rotated(W, signs), config.vector), factorize(H, config.damping)
 
 

@@ -408,3 +408,11 @@ def test_the_start_of_every_fit_beats_the_scalar_grid():
     scalar = mean_squared_error(x.flatten()[:, None], real("scalar", 1, 0))
     for kind in ("planes", "table"):
         assert mean_squared_error(x, real(kind, 2, 0)) < 0.96 * scalar
+
+
+def test_the_error_of_padding_does_not_count():
+    X = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).double()
+    W, factor = convert._prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), QuantConfig(rotate="none"))
+    assert W.shape == (2, 36) and (W[:, 33:] == 0).all()
+    weights = factor.H.diagonal()
+    assert factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
