@@ -2,8 +2,8 @@
 
     from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
 
-The core (digits, codebook, search, lloyd, rotate, rounding, calibrate, linear, convert, checkpoint, train) needs torch and
-the standard library alone.
+The core (digits, codebook, search, lloyd, rotate, rounding, calibrate, linear, convert, checkpoint, train) needs torch
+and the standard library alone.
 """
 
 from .convert import QuantConfig, quantize
