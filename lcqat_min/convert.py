@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import codebook as cb
 from .calibrate import SMALLEST_SCALE, Factor, Rounded, factorize, refit, round_matrix, row_scales, second_moments
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
-from .lloyd import fit, table_start
+from .lloyd import fit, mean_squared_error, table_start
 from .rotate import random_signs, rotate
 from .rounding import ESTIMATORS
 
@@ -38,6 +38,7 @@ SCALES = ("search", "max")
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass
 FIT_VECTORS = 1 << 14  # weight vectors of a matrix that its codebook is fitted to,
 FIT_ROUNDS = 8  # in so many rounds
+STARTS = 8  # random ones of small untied planes: for d = 2 most fits end at 0.115, the better ones at 0.1105
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def normal_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
     if dim == 4:
         return cb.frame_planes()
     if dim < 4:
-        return fit(x, cb.random_planes(dim, generator), rounds=60)
+        books = [fit(x, cb.random_planes(dim, generator), rounds=40) for _ in range(STARTS)]
+        return min(books, key=lambda book: mean_squared_error(x, book))
     half = normal_codebook(kind, dim // 2, seed)  # two of half the size side by side, then free
     rest = normal_codebook(kind, dim - dim // 2, seed)
     A = torch.block_diag(half.A, rest.A) + 0.05 * torch.randn(dim, 2 * dim, generator=generator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,8 @@ import torch
 from .exercise import check
 
 __all__ = ["COLOURS", "FIGURES", "ROOT", "check", "picture", "seeded", "show"]
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
