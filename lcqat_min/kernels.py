@@ -6,8 +6,8 @@
 What has to be moved. A product of one token with a weight of N numbers reads 2 N bytes in bf16, N / 4 in codes:
 8 times fewer. A GPU with 4.3 TB/s and 132 multiprocessors at 1.98 GHz then has 1.95 instructions a weight to
 spend, of which half may be integer ones. Unpacking a weight the plain way (shift, mask, convert, scale, add,
-multiply) takes 9: the kernel would be slower than bf16 although it reads an eighth. So instructions are what
-counts, and three consequences of w_hat = A q + b save them:
+multiply) takes 9, so reading an eighth of the bytes could gain a factor of 1.7 at most, not 8. Instructions are
+what counts, and three consequences of w_hat = A q + b save them:
 
   1. Fold A into x (cpu.py has the formula): what is left is a product with the digits themselves.
   2. Digits are small integers, and tensor cores multiply 8-bit integers. An AND takes one digit out of four
