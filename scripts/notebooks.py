@@ -6,7 +6,7 @@
 
 Each runs in a kernel of its own, offline, in its own folder. A notebook is replaced only after all of its cells have
 run; what is not the same on each run (times, machine) is left out of it. How long each took goes to
-results/notebooks.json, and the instructor's guide shows that.
+results/notebooks.json and into the instructor's guide.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from lcqat_min.compare import describe, read_results, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "notebooks.json"
+GUIDE = ROOT / "notebooks" / "README.md"
+START, END = "<!-- times: start -->", "<!-- times: end -->"
 QUIET = {"LCQAT_QUIET": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -44,6 +46,24 @@ def run(path: Path) -> float:
     nbformat.write(book, part)
     os.replace(part, path)
     return seconds
+
+
+def times(data: dict) -> str:
+    """What the guide says of run times: a table between marks, from results/notebooks.json."""
+    machine = data["meta"]["machine"]
+    lines = ["| notebook | seconds to run |", "|---|---|"]
+    lines += [f"| [{row['notebook'][:2]}]({row['notebook']}.ipynb) | {row['seconds']:.0f} |" for row in data["rows"]]
+    where = f"Measured on {data['meta']['date']} on {machine['cores']} CPU cores ({machine['processor']}), no GPU."
+    return f"{START}\n" + "\n".join(lines) + f"\n\n{where}\n{END}"
+
+
+def renew_guide(data: dict) -> None:
+    """Put the run times into the guide."""
+    text = GUIDE.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    part = GUIDE.with_name("README.md.part")
+    part.write_text(before + times(data) + after, encoding="utf-8")
+    os.replace(part, GUIDE)
 
 
 def slides(paths: list[Path]) -> None:
@@ -75,7 +95,9 @@ def main() -> None:
         print(f"{path.stem:<30}{seconds:6.0f} s", flush=True)
         rows = read_results(RESULTS)["rows"] if RESULTS.exists() else []
         rows = [row for row in rows if row["notebook"] != path.stem] + [{"notebook": path.stem, "seconds": seconds}]
-        write_json(RESULTS, {"meta": describe({}), "rows": sorted(rows, key=lambda row: row["notebook"])})
+        data = {"meta": describe({}), "rows": sorted(rows, key=lambda row: row["notebook"])}
+        write_json(RESULTS, data)
+        renew_guide(data)
 
 
 if __name__ == "__main__":
