@@ -42,7 +42,7 @@ from .digits import digits_of
 
 FEEDBACK_BLOCK = 64
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
-SCALE_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1)  # of a row's root mean square: the first round of candidates
+SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def grouped_bits(answer):
     got = answer(256, 2, 64)
     if got == 2:
         raise Wrong("You counted the codes alone. Each group also stores a scale of 16 bits.")
+    if got == 256 * 2.25:
+        raise Wrong("576 is what the whole row of 256 weights takes. Divide by the number of weights.")
     expect_close(got, 2.25, "the bits a weight of 256 inputs at 2 bits, groups of 64")
     expect_close(answer(256, 3, 256), 3.0625, "the bits a weight of 256 inputs at 3 bits, one group")
     expect_close(
@@ -47,6 +49,11 @@ def best_flip(answer):
 def _expect_index(got: object, wanted: int, e: torch.Tensor, inputs: str) -> None:
     if not isinstance(got, int | torch.Tensor):
         raise Wrong(f"The result is a {type(got).__name__}; an index, or -1, is wanted.")
+    if isinstance(got, torch.Tensor) and got.numel() != 1:
+        raise Wrong(f"The result holds {got.numel()} numbers; one index, or -1, is wanted.")
+    if wanted == -1 and int(got) != -1:
+        raise Wrong(f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, no move lowers e H e^T: -1 is right; "
+                    f"you return {int(got)}. Is the change of your best move below zero?")
     if int(got) != wanted:
         raise Wrong(f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, {wanted} is right; you return "
                     f"{int(got)}. Check the formula: 2 m (e H)_j + m^2 H_jj, m of the sign opposite to e_j.")

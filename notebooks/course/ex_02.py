@@ -10,7 +10,8 @@ def nearest_by_products(answer):
     generator = torch.Generator().manual_seed(2)
     table = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     x = torch.tensor([[1.2, 0.1], [0.2, 1.4], [0.4, -0.3], [0.5, 2.0]])
-    _expect_indices(answer(x, table), [1, 0, 0, 2], f"codewords {table.tolist()}, vectors {x.tolist()}")
+    shown = [[round(v, 1) for v in vector] for vector in x.tolist()]
+    _expect_indices(answer(x, table), [1, 0, 0, 2], f"codewords {table.tolist()}, vectors {shown}")
     for size, dim in ((5, 1), (16, 2), (64, 4)):
         table, x = torch.randn(size, dim, generator=generator), torch.randn(50, dim, generator=generator)
         wanted = [min(range(size), key=lambda k: (v - table[k]).square().sum().item()) for v in x]
@@ -26,7 +27,7 @@ def _expect_indices(got: object, wanted: list[int], case: str) -> None:
     if (off := (got != torch.tensor(wanted)).nonzero().flatten()).numel():
         n = off[0].item()
         raise Wrong(f"With {case}: vector {n} is nearest to codeword {wanted[n]}, you return {got[n].item()}. "
-                    "Long codewords have large products with everything: half of |w|^2 has to come off.")
+                    "The largest score wins. Long codewords have large products: half of |w|^2 has to come off.")
 
 
 @exercise
@@ -56,7 +57,7 @@ def largest_dimension(answer):
         if got is None:
             raise Wrong("The result is None: does the function return d?")
         if got != wanted:
-            d = max(1, wanted)
+            d = got if isinstance(got, int) and wanted < got < 20 else max(1, wanted)  # too dear, or affordable
             raise Wrong(f"For {weights} weights and {budget} bits a weight {wanted} is right; you return {got}. The "
                         f"table of d = {d} has {d} x {4**d} numbers of 16 bits: {16 * d * 4**d / weights:.4g} bits a "
                         "weight.")

@@ -35,7 +35,8 @@ def decode_by_halves(answer: Callable) -> None:
     expect_close(answer(torch.tensor([0]), A, torch.zeros(4)), -A.sum(1)[None], "index 0 (all digits -1) with b = 0")
     for index, what in ((0x80, "1000 0000"), (0x01, "0000 0001")):
         got = answer(torch.tensor([index]), A, torch.zeros(4))
-        expect_close(got, 2 * A[:, [0 if index == 0x80 else 7]].T - A.sum(1), f"the byte {what} with b = 0")
+        what = f"the byte {what} with b = 0 (its first bit belongs to the first column of A)"
+        expect_close(got, 2 * A[:, [0 if index == 0x80 else 7]].T - A.sum(1), what)
     every = torch.arange(256)
     got = answer(every, A, b)
     expect_close(got, book.decode(every), "the weights of all bytes with an offset b (is b added exactly once?)")

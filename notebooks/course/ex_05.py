@@ -27,10 +27,10 @@ def nearest_in_metric(answer):
     t = torch.zeros(2)
     _expect_index(answer(t, words, torch.eye(2)), 0, "In the metric C_kk = I, the plain distance,")
     stretched = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
-    _expect_index(answer(t, words, stretched), 1, "Where errors of the first weight cost 4 times as much as the plain square,")
-    # From t, the gaps are (-1, 0) and (0, -1.2). C^T g has length 1 and 3.6 here; C g would have 3.2 and 1.2.
+    _expect_index(answer(t, words, stretched), 1, "Where errors of the first weight cost 16 times those of the second,")
+    # From t, the gaps are (-1, 0) and (0, -1.2). C^T g has length 1 and 3.8 here; C g would have 3.2 and 1.2.
     sheared = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
-    _expect_index(answer(t, words, sheared), 0, "For a C_kk that is not symmetric (the metric is C_kk^T g, not C_kk g)")
+    _expect_index(answer(t, words, sheared), 0, "For a C_kk that is not symmetric (C_kk^T g, not C_kk g),")
     generator = torch.Generator().manual_seed(0)
     words = torch.randn(16, 3, generator=generator)
     C = torch.randn(3, 3, generator=generator).tril()

@@ -12,7 +12,8 @@ from .exercise import Wrong, exercise, expect_close
 def ste_by_detach(answer):
     u = torch.tensor([-1.3, 0.2, 1.2, 2.6, 4.2], requires_grad=True)
     q = answer(u, 3)
-    expect_close(q.detach() if torch.is_tensor(q) else q, [0.0, 0, 1, 3, 3], "q for u = -1.3, 0.2, 1.2, 2.6, 4.2, top 3,")
+    forward = q.detach() if torch.is_tensor(q) else q
+    expect_close(forward, [0.0, 0, 1, 3, 3], "q for u = -1.3, 0.2, 1.2, 2.6, 4.2, top 3,")
     expect_close(answer(u, 1).detach(), [0.0, 0, 1, 1, 1], "q for the same u and top 1")
     if not q.requires_grad:
         raise Wrong("No gradient reaches u: too much is detached. Detach only what you add to u.")
@@ -20,14 +21,16 @@ def ste_by_detach(answer):
     if u.grad is None or not u.grad.any():
         raise Wrong("The gradient is zero: that is rounding's own. Let u itself pass, outside detach().")
     if not u.grad[[0, 4]].any():
-        raise Wrong("Outside the grid the gradient is zero: clip inside detach(), too. (Yours is nearly the clipped one.)")
+        raise Wrong("Outside the grid the gradient is zero, as in the clipped one: clip inside detach(), too.")
     expect_close(u.grad, [1.0, 2, 3, 4, 5], "the gradient of u when dL/dq is 1, 2, 3, 4, 5")
 
 
 @exercise
 def vector_gradients(answer):
-    A, q, g = torch.tensor([[1.0, 0.5], [0.0, 1.0]]), torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 1.0]])
-    _expect_three(answer(A, q, g), ([[2.0, -2.0], [1.0, -1.0]], [2.0, 1.0], [[2.0, 2.0]]), "for the vector of section 5")
+    A = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    q, g = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 1.0]])
+    by_hand = [[2.0, -2.0], [1.0, -1.0]], [2.0, 1.0], [[2.0, 2.0]]
+    _expect_three(answer(A, q, g), by_hand, "for the vector of section 5")
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(3, 5, generator=generator)
     q, g = torch.randn(7, 5, generator=generator).sign(), torch.randn(7, 3, generator=generator)
@@ -40,8 +43,10 @@ def vector_gradients(answer):
 
 @exercise
 def walk_to_flip(answer):
-    cases = [(1.2, -1.0, 0.08, "ste"), (1.2, 1.0, 0.08, "ste"), (1.0, -1.0, 0.08, "dge"), (1.45, -1.0, 0.01, "dge"),
-             (3.8, 1.0, 0.08, "clipped"), (3.8, 1.0, 0.08, "ste"), (2.0, -2.0, 0.03, "clipped"), (2.9, -1.0, 0.1, "ste")]
+    cases = [
+        (1.2, -1.0, 0.08, "ste"), (1.2, 1.0, 0.08, "ste"), (1.0, -1.0, 0.08, "dge"), (1.45, -1.0, 0.01, "dge"),
+        (3.8, 1.0, 0.08, "clipped"), (3.8, 1.0, 0.08, "ste"), (2.0, -2.0, 0.03, "clipped"), (2.9, -1.0, 0.1, "ste"),
+    ]
     for case in cases:
         got, wanted = answer(*case), _steps(*case)
         where = "from u = {}, with gradient {}, rate {} and {!r}".format(*case)
