@@ -73,6 +73,28 @@ def test_control_drifts(arms):
     assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in arms["fp"])
 
 
+def test_more_tokens_leave_the_order():
+    rows = read_results(ROOT / "results" / "longer.json")["rows"]
+    by_arm = {name: [row for row in rows if row["arm"] == name] for name in {row["arm"] for row in rows}}
+    assert all(found[-1]["kl"] < found[1]["kl"] for found in by_arm.values())
+    last = {name: found[-1]["kl"] for name, found in by_arm.items()}
+    assert last["lcqat-planes"] < last["lcqat-paper"] < last["sq"]
+    first, end = by_arm["lcqat-planes"][1], by_arm["sq"][-1]
+    assert first["tokens"] * 6 == end["tokens"] and first["kl"] < end["kl"]
+    fast = by_arm["lcqat-planes, latents ten times as fast"][-1]
+    assert fast["code_flips"] > 0.01 and abs(fast["kl"] - last["lcqat-planes"]) < 0.0027  # a range over seeds
+
+
+def test_one_switch_at_a_time():
+    rows = read_results(ROOT / "results" / "ablations.json")["rows"]
+    base = [row["kl_qat"] for row in rows if row["switch"] == "none"]
+    spread = max(base) - min(base)
+    loss = {(row["switch"], row["value"]): row["kl_qat"] - base[0] for row in rows if row["switch"] != "none"}
+    small = [("estimator", "dge"), ("estimator", "clipped"), ("learn_codebook", False), ("refits", 0)]
+    assert max(loss[key] for key in small) < 1.5 * spread
+    assert min(loss["feedback", False], loss["rotate", "none"]) > 5 * spread
+
+
 def test_answers_in_the_library_example(arms):
     """The example uses seed 0 of lcqat-planes: its printed answers are that row's."""
     text = (ROOT / "README.md").read_text()
