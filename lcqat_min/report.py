@@ -92,9 +92,11 @@ def beside(new: dict, committed: dict) -> str:
 
 def picture(data: dict, path: Path) -> None:
     """Dot plot: an arm a line; from the open dot (after PTQ) to the full dot (after QAT); bars span the seeds."""
-    plt = _pyplot()
+    from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
+
     groups = {arm: rows for arm, rows in by_arm(data["rows"]).items() if arm != "fp"}
-    fig, ax = plt.subplots(figsize=(8, 0.46 * len(groups) + 1.7), layout="constrained")
+    fig = Figure(figsize=(8, 0.46 * len(groups) + 1.7), layout="constrained")
+    ax = fig.subplots()
     for y, rows in enumerate(reversed(groups.values())):
         before, after = spread(rows, "kl_ptq"), spread(rows, "kl_qat")
         ax.plot(before[1:], [y, y], color=COLOURS["ptq"], lw=6, alpha=0.5, solid_capstyle="butt")
@@ -132,21 +134,13 @@ def picture(data: dict, path: Path) -> None:
     _save(fig, path)
 
 
-def _pyplot():
+def _save(fig, path: Path) -> None:
     import matplotlib
 
-    matplotlib.use("Agg", force=False)
-    matplotlib.rcParams["svg.hashsalt"] = "lcqat-min"  # same data, same file
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(fig, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("part-" + path.name)
-    fig.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
-    _pyplot().close(fig)
+    with matplotlib.rc_context({"svg.hashsalt": "lcqat-min"}):  # same data, same file
+        fig.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
     os.replace(temporary, path)
 
 

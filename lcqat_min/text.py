@@ -79,7 +79,7 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
 
     Raises:
         ValueError: unknown source, too little text, or a tokenizer without end-of-text token.
-        RuntimeError: "wikitext2" can be neither found nor fetched.
+        FileNotFoundError: "wikitext2" can be neither found nor fetched.
     """
     source = str(source)
     if tokenizer.eos_token_id is None:
@@ -202,7 +202,7 @@ def _wikitext2() -> dict[str, list[str]]:
     try:
         data = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
     except Exception as error:  # offline, timeout, proxy, missing, ...: the remedy is the same
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"WikiText-2 is not in the cache of `datasets` and cannot be downloaded ({type(error).__name__}: "
             f"{error}). Use source='docstrings', which needs no network, or the path of a local text file."
         ) from error

@@ -217,7 +217,7 @@ def test_wikitext_without_network_names_the_remedy(monkeypatch, tmp_path):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(RuntimeError, match="no route.*source='docstrings'.*local text file"):
+    with pytest.raises(FileNotFoundError, match="no route.*source='docstrings'.*local text file"):
         text.load_text("wikitext2", CharTokenizer(), cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
