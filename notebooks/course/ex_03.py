@@ -38,6 +38,8 @@ def decode_by_halves(answer: Callable) -> None:
         what = f"the byte {what} with b = 0 (its first bit belongs to the first column of A)"
         expect_close(got, 2 * A[:, [0 if index == 0x80 else 7]].T - A.sum(1), what)
     every = torch.arange(256)
+    got = answer(every, A, torch.zeros(4))
+    expect_close(got, book.decode(every) - b, "the weights of all bytes with b = 0 (high half: left four columns of A)")
     got = answer(every, A, b)
     expect_close(got, book.decode(every), "the weights of all bytes with an offset b (is b added exactly once?)")
 
@@ -55,7 +57,7 @@ def encode_symmetric(answer: Callable) -> None:
         if index.min() < 0 or index.max() > 255:
             raise Wrong(f"Indices run from {index.min()} to {index.max()}; they must lie in 0 to 255.")
         if index.min() > 127:
-            raise Wrong("All of your indices lie in the upper half. Half of the vectors are nearer to a partner 255 - i.")
+            raise Wrong("All your indices lie in the upper half. Half of the vectors are nearer to a partner 255 - i.")
         error = (x - words[index]).square().sum(1)
         least = (x[:, None] - words).square().sum(2).amin(1)
         worse = int((error > least + 1e-4).sum())

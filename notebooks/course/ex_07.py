@@ -29,7 +29,7 @@ def decode_latents(answer):
                 for o in range(rows)
             ]
         )
-        expect_close(got, wanted, f"D for latents {list(latent.shape)} and A {list(A.shape)}")
+        expect_close(got, wanted, f"D for latents {list(latent.shape)} (the first is exactly 0) and A {list(A.shape)}")
 
 
 @exercise

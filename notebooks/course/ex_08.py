@@ -24,6 +24,10 @@ def distance_to_teacher(answer):
         total += sum(t * math.log(t / s) for s, t in zip(p_s, p_t, strict=True))
     expect_close(answer(student, teacher), total / 4, "the mean over 4 tokens (KL of teacher to student)")
     expect_close(answer(student + 200, teacher + 200), total / 4, "KL with 200 added to all logits", 1e-3)
+    # softmax underflows here: its log would be minus infinity; KL is 1/2 (-log 2 + 200) + 1/2 (-log 2)
+    far, even = torch.tensor([[0.0, 200.0]]), torch.zeros(1, 2)
+    expect_close(answer(far, even), 100 - math.log(2), "KL where a student's probability is exp(-200)", 1e-3)
+    expect_close(answer(even, far), math.log(2), "KL where a teacher's probability is exp(-200)", 1e-3)
 
 
 @exercise
