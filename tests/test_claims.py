@@ -44,18 +44,19 @@ def test_training_helps_every_trained_arm(arms):
             assert below(rows, "kl_qat", rows, "kl_ptq"), name
 
 
-def test_lattice_gains_little_over_the_rotated_grid(arms):
-    def mean(name: str) -> float:
-        return sum(row["kl_qat"] for row in arms[name]) / len(arms[name])
+def level(rows: list[dict], others: list[dict], key: str) -> bool:
+    """Ranges over seeds meet: no claim either way."""
+    return not below(rows, key, others, key) and not below(others, key, rows, key)
 
-    gain_of_lattice = 1 - mean("lcqat-paper") / mean("lcqat-release")
-    gain_of_planes = 1 - mean("lcqat-planes") / mean("lcqat-release")
-    assert gain_of_lattice < 0.05 < gain_of_planes
+
+def test_lattice_is_ahead_of_the_rotated_grid_before_training_alone(arms):
+    assert below(arms["lcqat-paper"], "kl_ptq", arms["lcqat-release"], "kl_ptq")
+    assert level(arms["lcqat-paper"], arms["lcqat-release"], "kl_qat")
+    assert below(arms["lcqat-planes"], "kl_qat", arms["lcqat-paper"], "kl_qat")
 
 
 def test_planes_and_table_are_level_after_training(arms):
-    planes, table = arms["lcqat-planes"], arms["free-vq"]
-    assert not below(planes, "kl_qat", table, "kl_qat") and not below(table, "kl_qat", planes, "kl_qat")
+    assert level(arms["lcqat-planes"], arms["free-vq"], "kl_qat")
 
 
 def test_codes_of_the_lcqat_arms_do_not_flip(arms):
