@@ -1,6 +1,6 @@
 """What the README says of the results is true of results/*.json: by more than the spread over seeds, or it fails.
 
-    pytest tests/test_claims.py
+pytest tests/test_claims.py
 """
 
 import re
@@ -52,7 +52,12 @@ def level(rows: list[dict], others: list[dict], key: str) -> bool:
 def test_lattice_is_ahead_of_the_rotated_grid_before_training_alone(arms):
     assert below(arms["lcqat-paper"], "kl_ptq", arms["lcqat-release"], "kl_ptq")
     assert level(arms["lcqat-paper"], arms["lcqat-release"], "kl_qat")
-    assert below(arms["lcqat-planes"], "kl_qat", arms["lcqat-paper"], "kl_qat")
+
+
+def test_untied_vectors_beat_every_scalar_arm(arms):
+    assert all(below(arms["lcqat-planes"], "kl_ptq", arms[name], "kl_ptq") for name in ("rtn", "gptq", "lcqat-release"))
+    for name in ("sq", "sq-paretoq", "lcqat-release", "lcqat-paper"):
+        assert below(arms["lcqat-planes"], "kl_qat", arms[name], "kl_qat")
 
 
 def test_planes_and_table_are_level_after_training(arms):
