@@ -35,7 +35,7 @@ from .codebook import AffineCodebook, Codebook, TableCodebook
 from .digits import digits_of, index_of
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
-LOOKUPS = 1 << 18  # numbers looked up at a time
+LOOKUPS = 1 << 16  # numbers looked up at a time
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
 MANY_ROWS_FACTOR = 8  # times the workspace
 
