@@ -99,6 +99,7 @@ def test_one_switch_at_a_time():
     small = [("estimator", "dge"), ("estimator", "clipped"), ("learn_codebook", False), ("refits", 0)]
     assert max(loss[key] for key in small) < 1.5 * spread
     assert min(loss["feedback", False], loss["rotate", "none"]) > 5 * spread
+    assert loss["dim", 8] < -2 * spread
 
 
 def test_answers_in_the_library_example(arms):
