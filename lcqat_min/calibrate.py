@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from .codebook import AffineCodebook, Codebook
 from .digits import digits_of
 
 FEEDBACK_BLOCK = 64
+TALL_ELEMENTS = 1 << 24  # weights rounded at a time: as many scales as fit are tried side by side, as rows
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
 
@@ -53,7 +54,7 @@ class Moments:
     tokens: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Factor:
     """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
 
@@ -96,7 +97,7 @@ def second_moments(
     shared: dict[str, str] = {}  # layer -> the layer whose matrix it uses
     latest: list = [None, ""]  # the last input seen and who counted it
 
-    def hook(name: str):
+    def hook(name: str):  # adds up x^T x of the inputs of the layer of this name
         def count(module: nn.Module, args: tuple) -> None:
             if args[0] is latest[0] and shared.get(name, latest[1]) == latest[1]:
                 shared[name] = latest[1]
@@ -165,12 +166,12 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
 
 def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
-    (rows, n), d = W.shape, codebook.dim
+    n, d = W.shape[1], codebook.dim
     L, metrics = _feedback_of(factor, d)
     search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
     target = (W.T / scale).contiguous()  # [n, out], units of the scale: a vector is d rows
     error = torch.empty_like(target)  # W - W_hat
-    index = torch.empty(n // d, rows, dtype=torch.long, device=W.device)
+    index: list[Tensor] = [error] * (n // d)  # a place for each vector's codes, filled from the last
     block = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
     for end in range(n, 0, -block):
         start = max(0, end - block)
@@ -182,10 +183,9 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
                 t.addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
             code = index[k // d] = search(t, k // d)
             error[k : k + d].sub_(words.index_select(1, code))
-    return index.T, target.T
+    return torch.stack(index).T, target.T
 
 
-@lru_cache(maxsize=1)  # the same for every scale and codebook that a layer tries
 def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:
     """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk over their mean, [n/d, d, d]."""
     C, groups = factor.C, len(factor.C) // d
@@ -213,19 +213,34 @@ def round_matrix(
         )
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    scales = torch.stack(list(scales))
-    tall, scale = W.repeat(len(scales), 1), scales.flatten()  # all candidates at once, as rows of a tall matrix
-    rounded = [plain_round(tall, scale, codebook)]
-    if feedback:
-        rounded.append(feedback_round(tall, scale, codebook, factor))
-    scales = scales.repeat(len(rounded), 1)  # [candidates, out]
-    index, target = (torch.cat(parts).unflatten(0, scales.shape) for parts in zip(*rounded, strict=True))
-    loss = torch.stack([
-        proxy_loss(codebook.decode(i).flatten(1) * s[:, None] - W, factor.H)
-        for i, s in zip(index, scales, strict=True)
-    ])
-    best, rows = loss.argmin(0), torch.arange(len(W), device=W.device)
-    return Rounded(codebook, *(each[best, rows] for each in (index, scales, target, loss)))
+    methods = [plain_round, partial(feedback_round, factor=factor)] if feedback else [plain_round]
+    best: Rounded | None = None
+    for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
+        for method in methods:
+            rounded = method(W.repeat(len(group), 1), group.flatten(), codebook)
+            index, target = (part.unflatten(0, group.shape) for part in rounded)  # [scales, out, ...]
+            for candidate in zip(index, group, target, strict=True):
+                best = _better_rows(best, _with_loss(W, factor.H, codebook, *candidate))
+    return best
+
+
+def _with_loss(W: Tensor, H: Tensor, codebook: Codebook, index: Tensor, scale: Tensor, target: Tensor) -> Rounded:
+    loss = proxy_loss(codebook.decode(index).flatten(1) * scale[:, None] - W, H)
+    return Rounded(codebook, index, scale, target, loss)
+
+
+def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
+    """Each row from whichever of the two loses less there."""
+    if best is None:
+        return other
+    win = (other.loss < best.loss)[:, None]
+    return Rounded(
+        best.codebook,
+        torch.where(win, other.index, best.index),
+        torch.where(win[:, 0], other.scale, best.scale),
+        torch.where(win, other.target, best.target),
+        torch.where(win[:, 0], other.loss, best.loss),
+    )
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:

@@ -42,6 +42,7 @@ class Run:
         return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}
 
     def is_log_point(self, step: int) -> bool:
+        """Whether a row of the history is due after `step`, counted from 0."""
         return (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps
 
     def _by_kind(self, value: Callable[[dict], tuple[float, int]], mean: bool) -> Iterator[tuple[str, float]]:
@@ -52,6 +53,7 @@ class Run:
                 yield kind, total**0.5
 
     def gradient_norms(self) -> dict[str, float]:
+        """grad_<kind>: joint norm of the gradients of each kind of parameter, before clipping."""
         def square(group: dict) -> tuple[float, int]:
             grad = group["params"][0].grad
             return (0.0, 1) if grad is None else (grad.float().square().sum().item(), grad.numel())
@@ -59,6 +61,9 @@ class Run:
         return {f"grad_{kind}": norm for kind, norm in self._by_kind(square, mean=False)}
 
     def row(self, step: int, tokens_a_step: int, losses: list[float], grads: dict[str, float]) -> dict:
+        """A row of the history after `step` (from 0), as train.train describes it: losses in nats a token since the
+        last row, flips as a share of all codes, moved_<kind> as a root mean square since the start."""
+
         def square(group: dict) -> tuple[float, int]:
             moved = group["params"][0].detach() - self.start[group["name"]]
             return moved.float().square().sum().item(), moved.numel()

@@ -35,8 +35,8 @@ SHORTLIST = 16  # first halves kept in a search by halves
 def nearest_level(step: float, offset: float, levels: int) -> Search:
     """One digit a weight, w = step * q + offset: the search is a rounding, whatever the metric."""
     per_step = 1 / step if step else 0.0  # a codebook that was fitted to zeros: any digit will do
-    zero = (levels - 1) / 2 - offset * per_step
-    return lambda x, g: (x[0] * per_step).add_(zero).round_().clamp_(0, levels - 1).long()
+    zero = torch.tensor((levels - 1) / 2 - offset * per_step)
+    return lambda x, g: torch.add(zero, x[0], alpha=per_step).round_().clamp_(0, levels - 1).long()
 
 
 def nearest(words: Tensor, metrics: Tensor | None) -> Search:

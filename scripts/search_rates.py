@@ -1,9 +1,9 @@
-"""Six settings of the learning rates for each trained arm of `compare`, all on the same text: results/rates.json.
+"""Nine settings of the learning rates for each trained arm of `compare`, all on the same text: results/rates.json.
 
     python scripts/search_rates.py                     every arm, one after the other
     python scripts/search_rates.py --arms sq free-vq   these alone; several processes may share the work
 
-An arm with latents tries three rates for them and two for scales and codebooks; one without tries six of the latter. A
+An arm with latents tries three rates for them and three for scales and codebooks; one without, nine of the latter. A
 run takes STEPS steps and is scored on validation text, so the table's test text stays unseen. Each finished run is
 written at once and found again by the next start; delete the file to begin anew. The best of each arm is what
 lcqat_min/compare.py says, and a test holds the two together.
@@ -27,15 +27,15 @@ from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "rates.json"
-LATENTS, SIDE = (0.0003, 0.001, 0.003), (3e-3, 1e-2)  # bins a step; share of their size a step
+LATENTS, SIDE = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)  # bins a step; share of their size a step
 LATENTS_ON_CODES = (0.003, 0.01, 0.03)  # latents that start on the codes are half a bin from any boundary
-SIDE_ALONE = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+SIDE_ALONE = (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 6e-3, 1e-2, 2e-2)
 STEPS, EVAL_TOKENS, SEED = 40, 8192, 0
 TRAINED = {arm.name: arm for arm in ARMS if arm.quant is not None and arm.rates is not None}
 
 
 def settings(arm: Arm) -> list[dict[str, float]]:
-    """The six settings that the search tries for an arm."""
+    """The nine settings that the search tries for an arm."""
     if arm.quant.codebook == "table":
         return [{"lr_scales": side, "lr_codebooks": side} for side in SIDE_ALONE]
     grid = LATENTS_ON_CODES if arm.quant.start_on_codes else LATENTS
