@@ -2,12 +2,13 @@
 
     from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
 
-The core (digits, codebook, search, lloyd, rotate, rounding, calibrate, linear, convert, checkpoint, train) needs torch
-and the standard library alone.
+The core (digits, codebook, search, lloyd, rotate, rounding, calibrate, ptq, linear, convert, checkpoint, train) needs
+torch and the standard library alone.
 """
 
-from .convert import QuantConfig, quantize
+from .convert import quantize
 from .evaluate import kl_to, perplexity
+from .ptq import QuantConfig
 from .train import TrainConfig, train
 
 __all__ = ["QuantConfig", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     from . import verbs as do
-    from .convert import CODEBOOKS, ROTATIONS, QuantConfig
+    from .ptq import CODEBOOKS, ROTATIONS, QuantConfig
 
     default = QuantConfig()
     quantize = verbs.add_parser("quantize", help="round a model to 2 bits and save it packed")
@@ -155,8 +155,9 @@ def run_check(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """The verb `compare`."""
     from . import report
-    from .compare import ARMS, Budget, Lab, Results, read_results, settings
+    from .compare import ARMS, Budget, Lab, settings
     from .hub import BUNDLED, choose_device, load
+    from .results import Results, read_results
     from .text import load_text
 
     known = {arm.name: arm for arm in ARMS}
@@ -191,7 +192,7 @@ def run_compare(args: argparse.Namespace) -> int:
 def save_committed(data: dict) -> None:
     """Renew the committed results, their picture and the README's table."""
     from . import report
-    from .compare import write_json
+    from .results import write_json
 
     report.renew_readme(data, ROOT / "README.md")
     report.picture(data, ROOT / "figures" / "compare.svg")

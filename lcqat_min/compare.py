@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from .bits import bits_per_weight
-from .convert import QuantConfig, quantize
+from .convert import quantize
 from .evaluate import perplexity_and_kl
+from .ptq import QuantConfig
 from .text import Splits, batches, sample_windows
 from .train import TrainConfig, train
 
@@ -191,78 +190,6 @@ def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> 
     return lab.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-class Results:
-    """compare.json of a run: {"meta", "rows", "curves", "samples"}; every change is written whole or not at all."""
-
-    def __init__(self, path: Path, config: dict):
-        self.path = path
-        if path.exists():
-            self.data = read_results(path)
-            if self.data["meta"]["config"] != config:
-                raise ValueError(
-                    f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
-                    "Resume with the same ones, or start a new run."
-                )
-        else:
-            self.data = {"meta": describe(config), "rows": [], "curves": {}, "samples": {}}
-
-    def has(self, arm: str, seed: int) -> bool:
-        """Whether this row is there already."""
-        return any(row["arm"] == arm and row["seed"] == seed for row in self.data["rows"])
-
-    def add(self, row: dict, history: list[dict], sample: str | None) -> None:
-        """Take in a finished arm and write the file."""
-        self.data["rows"].append(row)
-        self.data["curves"][f"{row['arm']}/{row['seed']}"] = [
-            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history
-        ]
-        if sample is not None:
-            self.data["samples"][row["arm"]] = sample
-        write_json(self.path, self.data)
-
-
-def read_results(path: Path) -> dict:
-    """Read a results file; ValueError that names it when it is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data["rows"], data["meta"]  # a results file has both
-        return data
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"cannot read results from {path} ({type(error).__name__}: {error}). Run `make compare` to make them again."
-        ) from error
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write JSON through a temporary file, so that the old file stays whole until the new one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def describe(config: dict) -> dict:
-    """The birth certificate of a result: settings, commit, versions, machine, date."""
-    import transformers
-
-    return {
-        "config": config,
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
 def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str) -> dict:
     """All that decides a result, as plain JSON values."""
     return json.loads(
@@ -288,18 +215,3 @@ def peak_mb(device: torch.device) -> float | None:
         return None
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def _commit() -> str | None:
-    try:
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _difference(old: dict, new: dict) -> str:
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}" for key in keys)

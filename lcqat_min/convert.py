@@ -1,4 +1,4 @@
-"""Quantize a causal language model in place: moments, rotation, rounding with feedback, swapped layers.
+"""Quantize a causal language model in place: every linear layer becomes a layer with 2-bit codes.
 
     teacher = copy.deepcopy(model)                       # keep the unquantized model to distil from
     report = quantize(model, batches, QuantConfig())     # PTQ: a good start
@@ -9,10 +9,8 @@ replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they
 output head (it shares its weight with the embeddings in most small models), experts that are fused into one
 3-d parameter, and layers whose name contains one of `config.skip`.
 
-Steps for each layer: second moments of its inputs from the unquantized model; rotate W and H; pad the inputs
-to whole vectors; fit a codebook to the weights, each row divided by its root mean square; round with
-feedback; refit (A, b) to the outputs and round again, as long as that lowers the proxy loss. Same seed, same
-codes, bit by bit, on one machine.
+Steps: second moments of the inputs of each layer, from the unquantized model; each weight rounded as ptq.py says;
+then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
 """
 
 from __future__ import annotations
@@ -20,79 +18,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from . import codebook as cb
-from .calibrate import SMALLEST_SCALE, Factor, Rounded, factorize, refit, round_matrix, row_scales, second_moments
+from .calibrate import Rounded, second_moments
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
-from .lloyd import fit, mean_squared_error, table_start
-from .rotate import random_signs, rotate
-from .rounding import ESTIMATORS
+from .lloyd import fit
+from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
+from .rotate import random_signs
 
-CODEBOOKS = ("scalar", "lattice", "planes", "step", "table")
-ROTATIONS = ("none", "input", "both")
-SCALES = ("search", "max")
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass
-FIT_VECTORS = 1 << 14  # weight vectors of a matrix that its codebook is fitted to,
-FIT_ROUNDS = 8  # in so many rounds
-STARTS = 8  # random ones of small untied planes: for d = 2 most fits end at 0.115, the better ones at 0.1105
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """What to quantize to, and from which start. 2 bits a weight throughout.
-
-    codebook      scalar: 4 uniform levels.  lattice: A [d, d] on {0..3}^d, the paper's form.  planes:
-                  A [d, 2d] on {-1, +1}^2d, untied.  step: scalar with a learned step (LSQ).  table: 4^d
-                  entries, one table for the model.
-    dim           d, weights in a vector (lattice, planes, table); 4 makes a byte a vector
-    rotate        none | input | both: where the block-Hadamard rotation acts
-    feedback      carry rounding errors (LDLQ) or round plainly
-    damping       added to the diagonal of the second moments, as a share of its mean; raised when needed
-    scale         search: the best of several row scales; max: half a row's largest weight (ParetoQ's start)
-    refits        rounds of fitting (A, b) to the layer's outputs and of rounding again at scales nearby
-    estimator     gradient through the rounding: ste | clipped | dge (step: always clipped; table: none)
-    learn_codebook  train A and b, or the table; step has neither
-    start_on_codes  latents start on the codes (LC-QAT's release), not at the unrounded targets (step: never)
-    skip          parts of the names of layers that stay unquantized
-    seed          of the random signs and of the codebook fit
-    """
-
-    codebook: str = "planes"
-    dim: int = 4
-    rotate: str = "both"
-    feedback: bool = True
-    damping: float = 0.01
-    scale: str = "search"
-    refits: int = 1
-    estimator: str = "ste"
-    learn_codebook: bool = True
-    start_on_codes: bool = False
-    skip: tuple[str, ...] = ("lm_head",)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        choices = {"codebook": CODEBOOKS, "rotate": ROTATIONS, "estimator": ESTIMATORS, "scale": SCALES}
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"QuantConfig.{name} is {value!r}; choose one of {', '.join(allowed)}")
-        most = 8 if self.codebook in ("lattice", "planes") else 4
-        if not 1 <= self.dim <= most:
-            raise ValueError(f"QuantConfig.dim is {self.dim}; a {self.codebook} codebook takes 1 to {most} "
-                             "weights a vector")
-        if not 0 <= self.damping < 1 or self.refits < 0:
-            raise ValueError(f"QuantConfig.damping is {self.damping} and refits {self.refits}; damping is a "
-                             "share, from 0 to less than 1, and refits a count, 0 or more")
-        if isinstance(self.skip, str):
-            raise ValueError(f"QuantConfig.skip is the text {self.skip!r}; give a tuple: ({self.skip!r},)")
-
-    @property
-    def vector(self) -> int:
-        """Weights in a vector of this codebook: 1 for the scalar kinds, else `dim`."""
-        return 1 if self.codebook in ("scalar", "step") else self.dim
 
 
 @dataclass(frozen=True)
@@ -134,8 +70,8 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
     steps = (item for group in _groups(layers) for item in second_moments(model, group, batches).items())
     for name, moments in progress(_sized(steps, len(layers))):
         layer = layers[name]
-        W, factor = _prepare(weight_of(layer), moments.H, plan[name], config)
-        rounded = _round(W, factor, table, config)
+        W, factor = prepare(weight_of(layer), moments.H, plan[name], config)
+        rounded = round_layer(W, factor, table, config)
         made[name] = _layer(layer, rounded, plan[name], table, config)
         total = ((W @ factor.H) * W).sum().item()
         share = rounded.loss.sum().item() / total if total > 0 else 0.0
@@ -170,28 +106,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-@lru_cache(maxsize=8)
-def normal_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
-    """The codebook of a kind fitted to N(0, 1) weights: where every fit starts, made once (takes seconds)."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind in ("scalar", "step"):
-        return cb.scalar()
-    if kind == "lattice":
-        return cb.lattice(dim)
-    x = torch.randn(30_000, dim, generator=generator)
-    if kind == "table":
-        return fit(x, table_start(x, 4**dim, generator), rounds=20)
-    if dim == 4:
-        return cb.frame_planes()
-    if dim < 4:
-        books = [fit(x, cb.random_planes(dim, generator), rounds=40) for _ in range(STARTS)]
-        return min(books, key=lambda book: mean_squared_error(x, book))
-    half = normal_codebook(kind, dim // 2, seed)  # two of half the size side by side, then free
-    rest = normal_codebook(kind, dim - dim // 2, seed)
-    A = torch.block_diag(half.A, rest.A) + 0.05 * torch.randn(dim, 2 * dim, generator=generator)
-    return fit(x[:12_000], cb.AffineCodebook(A, torch.cat([half.b, rest.b]), 2), rounds=30)
-
-
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:
     batches = list(batches)
     for batch in batches:
@@ -212,62 +126,13 @@ def _signs(layer: nn.Module, where: str, generator: torch.Generator) -> tuple[Te
     return signs_in, signs_out
 
 
-def _rotated(W: Tensor, signs: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    signs_in, signs_out = signs
-    W = W if signs_in is None else rotate(W, signs_in)
-    return W if signs_out is None else rotate(W.T, signs_out).T.contiguous()
-
-
-def _pad(x: Tensor, d: int) -> Tensor:
-    return nn.functional.pad(x, (0, -x.shape[-1] % d))
-
-
-def _prepare(W: Tensor, H: Tensor, signs: tuple, config: QuantConfig) -> tuple[Tensor, Factor]:
-    """W and the factor of H in the basis of the codes, padded to whole vectors."""
-    if signs[0] is not None:
-        H = rotate(rotate(H, signs[0].double()).T, signs[0].double())
-    n = len(H)
-    H = _pad(_pad(H, config.vector).T, config.vector)
-    H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error must not count
-    return _pad(_rotated(W, signs), config.vector), factorize(H, config.damping)
-
-
-def _normalized(W: Tensor, d: int) -> Tensor:
-    """Vectors of W with each row divided by its root mean square: [rows * columns / d, d]."""
-    return (W / W.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).reshape(-1, d)
-
-
-def _some(x: Tensor, count: int) -> Tensor:
-    return x[:: -(-len(x) // count)]  # evenly spread, without randomness
-
-
 def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
     """One k-means table for the model: a table a layer would cost 0.1 to 0.3 bits a weight on a small one."""
     share = max(1, 4 * FIT_VECTORS // len(layers))
-    rotated = (_pad(_rotated(weight_of(layer), plan[name]), config.dim) for name, layer in layers.items())
-    x = torch.cat([_some(_normalized(W, config.dim), share).cpu() for W in rotated])
+    matrices = (pad(rotated(weight_of(layer), plan[name]), config.dim) for name, layer in layers.items())
+    x = torch.cat([sample_vectors(W, config.dim, share).cpu() for W in matrices])
     start = normal_codebook("table", config.dim, config.seed)
     return fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)
-
-
-def _round(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantConfig) -> Rounded:
-    """Round at the best of a few scales a row, then again near them; affine codebooks are refitted in between."""
-    if table is not None:
-        book = cb.TableCodebook(table.detach())
-    else:
-        book = normal_codebook(config.codebook, config.dim, config.seed).to(W.device)
-    if config.scale == "max":
-        return round_matrix(W, factor, book, [(W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)], config.feedback)
-    if fitted := config.codebook in ("lattice", "planes"):
-        book = fit(_some(_normalized(W, config.dim), FIT_VECTORS), book, rounds=FIT_ROUNDS)
-    best = round_matrix(W, factor, book, row_scales(W), config.feedback)
-    for _ in range(config.refits):
-        book = refit(W, best, factor.H) if fitted else best.codebook
-        other = round_matrix(W, factor, book, [best.scale * near for near in (0.95, 1.0, 1.05)], config.feedback)
-        if other.loss.sum() >= best.loss.sum():
-            break
-        best = other
-    return best
 
 
 def _layer(old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None,

@@ -42,7 +42,7 @@ def arithmetic() -> str:
     import torch
 
     from .calibrate import factorize, round_matrix, row_scales
-    from .convert import normal_codebook
+    from .ptq import normal_codebook
 
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     rounded = round_matrix(W, factorize(torch.eye(64)), normal_codebook("planes", 4, 0), row_scales(W))

@@ -3,7 +3,7 @@
 Quantization needs three things of a corpus: batches to train on, a few windows to calibrate on, and text
 that neither has seen, to measure perplexity. Every reader of this project already owns such a corpus: the
 docstrings of the packages it installs, those of the standard library, and the language reference that
-`help()` shows (`pydoc_data.topics`). Some ten million tokens of technical English and code; no network, no
+`help()` shows (docstrings.py). Some ten million tokens of technical English and code; no network, no
 licence question.
 
     source code --ast--> docstrings --sha256--> train 96 %, validation 2 %, test 2 % --tokenizer--> ids [T]
@@ -15,28 +15,19 @@ Two rules make the numbers trustworthy:
   changed.
 * Documents are ordered by that hash, so the same texts give the same ids on every file system.
 
-Source is parsed, never imported: reading somebody's documentation must not run their code.
-
-What it gives up: docstrings of one package resemble each other (near-duplicates are not removed), so this
-validation text is easier than one of another field would be; and perplexities of readers with other package
-versions differ a little. Compare two models on one machine, or use "wikitext2", the same for everyone.
+What it gives up: docstrings resemble each other (docstrings.py), so this validation text is easier than one of
+another field would be; and perplexities of readers with other package versions differ a little. Compare two
+models on one machine, or use "wikitext2", the same for everyone.
 
     splits = load_text("docstrings", tokenizer)     # or "wikitext2", or the path of a text file or folder
     splits.train                                    # LongTensor [T], documents joined by the end-of-text id
 """
 
-import ast
-import gc
 import hashlib
-import importlib.metadata
-import importlib.util
-import inspect
 import json
 import os
 import re
 import sys
-import sysconfig
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +35,12 @@ from pathlib import Path
 import torch
 from torch import LongTensor
 
-PACKAGES = tuple(
-    "torch numpy scipy sympy networkx pandas matplotlib transformers datasets tokenizers safetensors "
-    "huggingface_hub accelerate pyarrow mpmath PIL fontTools setuptools pydantic IPython jedi jinja2 "
-    "hypothesis rich requests fsspec".split()
-)
+from .docstrings import docstrings, installed_versions
+
 SPLITS = ("train", "validation", "test")
-MIN_CHARS = 100  # a docstring shorter than this is a label, not a text
 PIECE_CHARS = 1000  # a local file is cut at blank lines into pieces of at least this length
 MIN_SPLIT_TOKENS = 256  # one window of the usual length
 FORMAT = 1  # part of the cache key: raise it when reading or splitting changes
-SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "_vendor"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
 def documents(source: str) -> dict[str, list[str]]:
     """The texts behind `load_text`, by split; train a tokenizer on documents(source)["train"] alone."""
     if source == "docstrings":
-        return split_by_hash(_docstrings())
+        return split_by_hash(docstrings(_quiet()))
     if source == "wikitext2":
         return _wikitext2()
     path = Path(source).expanduser()
@@ -118,65 +104,6 @@ def split_by_hash(texts: list[str]) -> dict[str, list[str]]:
 
 
 # ----------------------------------------------------------------------------------------------- sources
-
-
-def docstrings_of(source: bytes | str) -> list[str]:
-    """Docstrings of a module and of the classes and functions in it, dedented; [] if it does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
-            todo: list[ast.AST] = [ast.parse(source)]
-    except (SyntaxError, ValueError, RecursionError):
-        return []
-    found = []
-    while todo:
-        node = todo.pop()
-        found.append(ast.get_docstring(node, clean=True) or "")
-        todo += [n for n in node.body if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
-    # A tokenizer cannot encode one half of a surrogate pair, which a string literal may hold.
-    return [text.encode("utf-8", "ignore").decode() for text in found if text]
-
-
-def topics_of(source: bytes | str) -> list[str]:
-    """The string constants of a module; those of `pydoc_data.topics` are the language reference."""
-    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
-    return [inspect.cleandoc(value) for value in values if isinstance(value, str)]
-
-
-def python_files(root: Path) -> list[Path]:
-    """The .py files below `root`, without tests and vendored copies."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
-        found += [Path(folder) / name for name in names if name.endswith(".py")]
-    return found
-
-
-def _package_folders() -> list[Path]:
-    """The standard library and those of PACKAGES that are installed."""
-    specs = [importlib.util.find_spec(name) for name in PACKAGES]  # a top-level name: imports nothing
-    folders = [folder for spec in specs if spec for folder in spec.submodule_search_locations or []]
-    return [Path(sysconfig.get_paths()["stdlib"]), *map(Path, folders)]
-
-
-def _docstrings() -> list[str]:
-    from tqdm.auto import tqdm
-
-    files = [path for folder in _package_folders() for path in python_files(folder)]
-    texts = []
-    was_on = gc.isenabled()
-    gc.disable()  # syntax trees hold no cycles, and looking for some takes a third of the time
-    try:
-        for path in tqdm(files, desc="reading docstrings", unit=" files", disable=_quiet()):
-            try:
-                source = path.read_bytes()
-            except OSError:  # a dangling link, or a file of somebody else's
-                continue
-            texts += topics_of(source) if path.match("pydoc_data/topics.py") else docstrings_of(source)
-    finally:
-        if was_on:
-            gc.enable()
-    return [text for text in texts if len(text) >= MIN_CHARS]
 
 
 def _local_pieces(path: Path) -> list[str]:
@@ -247,11 +174,7 @@ def _fingerprint(source: str, tokenizer) -> str:
     """What the ids depend on, as 16 hex digits: tokenizer, versions of packages and of Python, format."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    versions = []
-    if source == "docstrings":
-        owners = importlib.metadata.packages_distributions()  # import name -> names on the package index
-        installed = sorted({owner for name in PACKAGES for owner in owners.get(name, [])})
-        versions = [(name, importlib.metadata.version(name)) for name in installed] + [sys.version_info[:3]]
+    versions = installed_versions() if source == "docstrings" else []
     key = json.dumps([FORMAT, source, versions, tokenizer.eos_token_id, vocabulary])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 

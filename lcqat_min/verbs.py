@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .convert import QuantConfig, quantize
+from .convert import quantize
 from .evaluate import kl_to
 from .hub import BUNDLED, choose_device, load
+from .ptq import QuantConfig
 from .text import batches, load_text, sample_windows
 from .train import TrainConfig, train
 

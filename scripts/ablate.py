@@ -16,10 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lcqat_min.compare import ARMS, Arm, Budget, Lab, describe, read_results, start, write_json
+from lcqat_min.compare import ARMS, Arm, Budget, Lab, start
 from lcqat_min.convert import quant_layers
 from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
+from lcqat_min.results import describe, read_results, write_json
 from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 

@@ -27,9 +27,11 @@ from torch.nn import functional as F
 
 from lcqat_min import codebook as cb
 from lcqat_min.calibrate import factorize, feedback_round, plain_round, row_scales
-from lcqat_min.compare import ARMS, describe, write_json
-from lcqat_min.convert import normal_codebook, quantize
+from lcqat_min.compare import ARMS
+from lcqat_min.convert import quantize
 from lcqat_min.linear import AffineLinear, Rounded
+from lcqat_min.ptq import normal_codebook
+from lcqat_min.results import describe, write_json
 from lcqat_min.train import TrainConfig, distillation_loss, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]

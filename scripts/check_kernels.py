@@ -160,7 +160,7 @@ def main() -> int:
     if not args.quick:
         import triton
 
-        from lcqat_min.compare import describe, write_json
+        from lcqat_min.results import describe, write_json
 
         meta = describe({"triton": triton.__version__, "tile": [TILE_ROWS, TILE_BYTES], "warps": 4, "stages": 3})
         write_json(ROOT / "results" / "kernels_aot.json", {"meta": meta, "rows": rows})

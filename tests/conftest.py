@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,26 @@ def tiny_gpt2() -> Callable[..., torch.nn.Module]:
         embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )
     return lambda seed=0: _seeded(GPT2LMHeadModel, config, seed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `model`, a random one with the bundled tokenizer, and `text.txt`; tests may add to it."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lcqat_min.hub import BUNDLED
+
+    path = tmp_path_factory.mktemp("place")
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
+    )
+    _seeded(LlamaForCausalLM, config, 0).save_pretrained(path / "model")
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path / "model")
+    words = "return the array of given shape or raise an error when it has no length at all".split()
+    draws = torch.randint(0, len(words), (150, 200), generator=torch.Generator().manual_seed(0))
+    (path / "text.txt").write_text("\n\n".join(" ".join(words[i] for i in line) for line in draws))
+    return path
 
 
 def _seeded(model_class: type, config: object, seed: int) -> torch.nn.Module:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lcqat_min.compare import read_results
 from lcqat_min.report import by_arm
+from lcqat_min.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,49 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcqat_min import cli, compare, report
-from lcqat_min.compare import ARMS, Arm, Budget, Results, read_results, settings, write_json
-from lcqat_min.hub import BUNDLED, choose_device, load
+from lcqat_min import cli, compare, report, results
+from lcqat_min.compare import ARMS, Arm, Budget, settings
+from lcqat_min.hub import choose_device, load
+from lcqat_min.results import Results, read_results, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Budget(train_tokens=256, calibration_tokens=256, eval_tokens=128, window=32, batch=2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random model with the bundled tokenizer, in a folder, and a text file."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-            initializer_range=0.3,
-        )
-    ).save_pretrained(path)
-    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path)
-    words = "return the array with values of given type and shape or raise an error if input has no length".split()
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(words[i] for i in torch.randint(0, len(words), (200,), generator=generator)) for _ in range(120)]
-    (path / "text.txt").write_text("\n\n".join(lines))
-    return path
-
-
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch):
+def run(place, tmp_path, monkeypatch):
     """Runs the CLI's compare with a tiny budget; results go under tmp_path."""
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "Budget", lambda **changes: TINY)
     monkeypatch.setenv("LCQAT_CACHE", str(tmp_path / "cache"))
 
     def call(*args):
-        return cli.main(["compare", "--model", str(folder), "--text", str(folder / "text.txt"), *map(str, args)])
+        paths = ["--model", str(place / "model"), "--text", str(place / "text.txt")]
+        return cli.main(["compare", *paths, *map(str, args)])
 
     return call
 
@@ -117,7 +93,7 @@ def test_interrupted_run_resumes_to_the_same_rows(run, tmp_path, monkeypatch, ca
 def test_results_are_never_half_written(tmp_path, monkeypatch):
     path = tmp_path / "compare.json"
     write_json(path, {"rows": [1], "meta": {}})
-    monkeypatch.setattr(compare.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"rows": [2], "meta": {}})
     assert read_results(path)["rows"] == [1]
@@ -197,7 +173,7 @@ def row(arm, seed, **values):
 def data():
     config = settings([Arm("a", "first", None), Arm("b", "second", None)], TINY, "m", "t", "p")
     return {
-        "meta": compare.describe(config),
+        "meta": results.describe(config),
         "curves": {},
         "samples": {},
         "rows": [row("a", 0), row("b", 0, kl_qat=0.1, tokens=5), row("b", 1, kl_qat=0.3, kl_ptq=0.4, tokens=5)],
@@ -256,7 +232,7 @@ def test_rates_of_the_arms_are_the_best_of_the_search():
             assert not tried
             continue
         best = min(tried, key=lambda r: r["kl_qat"])
-        assert len(tried) == 6 and arm.rates == {key: best[key] for key in best if key.startswith("lr_")}
+        assert len(tried) == 9 and arm.rates == {key: best[key] for key in best if key.startswith("lr_")}
 
 
 def test_readme_states_only_generated_perplexities():

@@ -17,11 +17,8 @@ import torch
 from torch import nn
 
 from lcqat_min import codebook as cb
-from lcqat_min import convert
+from lcqat_min import convert, ptq
 from lcqat_min.convert import (
-    CODEBOOKS,
-    ROTATIONS,
-    QuantConfig,
     linear_layers,
     quant_layers,
     quantize,
@@ -29,12 +26,13 @@ from lcqat_min.convert import (
 )
 from lcqat_min.linear import AffineLinear, StepLinear, TableLinear
 from lcqat_min.lloyd import fit, mean_squared_error, table_start
+from lcqat_min.ptq import CODEBOOKS, ROTATIONS, QuantConfig
 
 BLOCK = ("layers.1", "h.1.", "lm_head")  # skip the second block: half the time
 PAIR = (*BLOCK, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")  # leaves two layers
 
 
-REAL_CODEBOOK = convert.normal_codebook
+REAL_CODEBOOK = ptq.normal_codebook
 
 
 @lru_cache
@@ -52,8 +50,9 @@ def rough_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "normal_codebook", rough_codebook)
-    monkeypatch.setattr(convert, "FIT_VECTORS", 256)
+    for module in (ptq, convert):
+        monkeypatch.setattr(module, "normal_codebook", rough_codebook)
+        monkeypatch.setattr(module, "FIT_VECTORS", 256)
 
 
 @pytest.fixture
@@ -412,7 +411,7 @@ def test_the_start_of_every_fit_beats_the_scalar_grid():
 
 def test_the_error_of_padding_does_not_count():
     X = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).double()
-    W, factor = convert._prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), QuantConfig(rotate="none"))
+    W, factor = ptq.prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), QuantConfig(rotate="none"))
     assert W.shape == (2, 36) and (W[:, 33:] == 0).all()
     weights = factor.H.diagonal()
     assert factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lcqat_min import QuantConfig, TrainConfig, quantize, train
-from lcqat_min.convert import normal_codebook
 from lcqat_min.digits import digits_of
 from lcqat_min.linear import QuantLinear
 from lcqat_min.pack import (
@@ -37,6 +36,7 @@ from lcqat_min.pack import (
     to_storage_precision,
 )
 from lcqat_min.packed import pack_bits, unpack_bits
+from lcqat_min.ptq import normal_codebook
 from lcqat_min.storage import pack_layers
 
 ROOT = Path(__file__).resolve().parents[1]

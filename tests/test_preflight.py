@@ -51,10 +51,10 @@ def test_a_lost_model_is_named(monkeypatch, tmp_path):
 
 
 def test_wrong_arithmetic_is_noticed(monkeypatch):
-    from lcqat_min import convert
+    from lcqat_min import ptq
     from lcqat_min.codebook import scalar
 
-    monkeypatch.setattr(convert, "normal_codebook", lambda *kind: scalar(5.0))
+    monkeypatch.setattr(ptq, "normal_codebook", lambda *kind: scalar(5.0))
     with pytest.raises(preflight.Problem, match="Install the torch of constraints.txt"):
         preflight.arithmetic()
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcqat_min import text
+from lcqat_min import docstrings, text
 
 texts_strategy = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=30)
 
@@ -52,8 +52,8 @@ def fake_package(tmp_path, monkeypatch):
     (root / "tests" / "test_it.py").write_text(f'"""{"A test. " * 30}"""\n')
     (root / "dangling.py").symlink_to(root / "nowhere.py")
     monkeypatch.syspath_prepend(root.parent)
-    monkeypatch.setattr(text, "PACKAGES", ("fakepackage", "not_an_installed_package"))
-    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "empty")})
+    monkeypatch.setattr(docstrings, "PACKAGES", ("fakepackage", "not_an_installed_package"))
+    monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "empty")})
     return root
 
 
@@ -74,25 +74,25 @@ def test_docstrings_are_those_that_inspect_finds():
     own = [m for m in members if m is module or getattr(m, "__module__", None) == "textwrap"]
     expected = {inspect.cleandoc(m.__doc__) for m in own if m.__doc__}
     assert len(expected) > 5
-    assert set(text.docstrings_of(Path(module.__file__).read_bytes())) == expected
+    assert set(docstrings.docstrings_of(Path(module.__file__).read_bytes())) == expected
 
 
 def test_docstrings_of_nested_and_async_definitions():
     source = '"""m"""\nclass A:\n  """a"""\n  async def f(self):\n    """f"""\n    def g():\n      """g"""\n'
-    assert set(text.docstrings_of(source)) == {"m", "a", "f", "g"}
+    assert set(docstrings.docstrings_of(source)) == {"m", "a", "f", "g"}
 
 
 @pytest.mark.parametrize("source", [b"def f(:", b"a\0b", b"\xff\xfe", b"(" * 5000, b""])
 def test_source_that_does_not_parse_has_no_docstrings(source):
-    assert text.docstrings_of(source) == []
+    assert docstrings.docstrings_of(source) == []
 
 
 def test_half_a_surrogate_pair_is_dropped():
-    assert text.docstrings_of(r'"""a\ud800b"""') == ["ab"]
+    assert docstrings.docstrings_of(r'"""a\ud800b"""') == ["ab"]
 
 
 def test_topics_are_the_string_constants():
-    assert text.topics_of("topics = {'if': 'The \"if\" statement\\n'\n ' selects.'}") == [
+    assert docstrings.topics_of("topics = {'if': 'The \"if\" statement\\n'\n ' selects.'}") == [
         "if",
         'The "if" statement\nselects.',
     ]
@@ -179,12 +179,12 @@ def test_corrupt_cache_is_rebuilt_with_a_note(fake_package, tmp_path, capsys, da
 
 
 def test_cache_key_follows_tokenizer_and_versions(monkeypatch):
-    monkeypatch.setattr(text, "PACKAGES", ("torch",))
+    monkeypatch.setattr(docstrings, "PACKAGES", ("torch",))
     key = text._fingerprint("docstrings", CharTokenizer())
     assert key == text._fingerprint("docstrings", CharTokenizer())
     assert key != text._fingerprint("docstrings", CharTokenizer(shift=1))
     assert key != text._fingerprint("wikitext2", CharTokenizer())
-    monkeypatch.setattr(text.importlib.metadata, "version", lambda name: "999")
+    monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "999")
     assert key != text._fingerprint("docstrings", CharTokenizer())
 
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from lcqat_min.convert import CODEBOOKS, QuantConfig, quant_layers, quantize
+from lcqat_min.convert import quant_layers, quantize
 from lcqat_min.evaluate import kl_to
+from lcqat_min.ptq import CODEBOOKS, QuantConfig
 from lcqat_min.train import TrainConfig, bin_width, distillation_loss, parameter_groups, train
 
 Pair = tuple[nn.Module, nn.Module]  # the unquantized model and its quantized copy

@@ -7,34 +7,8 @@ import pytest
 import torch
 
 from lcqat_min import cli
-from lcqat_min.hub import BUNDLED, load
+from lcqat_min.hub import load
 from lcqat_min.pack import load_packed
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny random model and a text."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("verbs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(path / "model")
-    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path / "model")
-    words = "return the array of given shape or raise an error when it has no length at all".split()
-    draws = torch.randint(0, len(words), (150, 200), generator=torch.Generator().manual_seed(0))
-    (path / "text.txt").write_text("\n\n".join(" ".join(words[i] for i in line) for line in draws))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""Files of results: what was measured, with what it takes to trace it, never half written.
+
+A file is JSON: {"meta": ..., "rows": [...]} and whatever else its maker adds. `meta` is the birth certificate:
+settings, commit, versions, machine and date. Every change writes the whole file under another name and renames it, so
+a run that is cut off leaves the last whole file, and the next start goes on from its rows.
+
+Gives up: two processes that write one file at the same moment may lose a row; neither can damage the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+class Results:
+    """compare.json of a run: {"meta", "rows", "curves", "samples"}; every change is written whole or not at all."""
+
+    def __init__(self, path: Path, config: dict):
+        self.path = path
+        if path.exists():
+            self.data = read_results(path)
+            if self.data["meta"]["config"] != config:
+                raise ValueError(
+                    f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
+                    "Resume with the same ones, or start a new run."
+                )
+        else:
+            self.data = {"meta": describe(config), "rows": [], "curves": {}, "samples": {}}
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Whether this row is there already."""
+        return any(row["arm"] == arm and row["seed"] == seed for row in self.data["rows"])
+
+    def add(self, row: dict, history: list[dict], sample: str | None) -> None:
+        """Take in a finished arm and write the file."""
+        self.data["rows"].append(row)
+        self.data["curves"][f"{row['arm']}/{row['seed']}"] = [
+            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history
+        ]
+        if sample is not None:
+            self.data["samples"][row["arm"]] = sample
+        write_json(self.path, self.data)
+
+
+def read_results(path: Path) -> dict:
+    """Read a results file; ValueError that names it when it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["rows"], data["meta"]  # a results file has both
+        return data
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot read results from {path} ({type(error).__name__}: {error}). Run `make compare` to make them again."
+        ) from error
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write JSON through a temporary file, so that the old file stays whole until the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def describe(config: dict) -> dict:
+    """The birth certificate of a result: settings, commit, versions, machine, date."""
+    import transformers
+
+    return {
+        "config": config,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    try:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _difference(old: dict, new: dict) -> str:
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}" for key in keys)
