@@ -62,7 +62,7 @@ ARMS = (
         "sq",
         "scalar QAT from the start with error feedback",
         _SQ,
-        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.003, "lr_scales": 0.001, "lr_codebooks": 0.001},
     ),
     Arm(
         "lcqat-release",
@@ -74,19 +74,19 @@ ARMS = (
         "lcqat-paper",
         "4-D integer lattice, rotated, A and b learned",
         replace(_LCQAT, codebook="lattice"),
-        {"lr_latents": 0.0003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "lcqat-planes",
         "untied bit-planes, rotated, A and b learned",
         _LCQAT,
-        {"lr_latents": 0.0003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.003, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "free-vq",
         "256-entry table, rotated, codes frozen, table learned",
         replace(_LCQAT, codebook="table"),
-        {"lr_scales": 0.002, "lr_codebooks": 0.002},
+        {"lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
 )
 
