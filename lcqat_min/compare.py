@@ -80,13 +80,13 @@ ARMS = (
         "lcqat-planes",
         "untied bit-planes, rotated, A and b learned",
         _LCQAT,
-        {"lr_latents": 0.003, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "free-vq",
         "256-entry table, rotated, codes frozen, table learned",
         replace(_LCQAT, codebook="table"),
-        {"lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_scales": 0.002, "lr_codebooks": 0.002},
     ),
 )
 

@@ -53,7 +53,7 @@ class TrainConfig:
     gradient norm. log_every, checkpoint_every: steps between rows of the history and between checkpoints."""
 
     steps: int
-    lr_latents: float = 3e-3
+    lr_latents: float = 1e-3
     lr_scales: float = 3e-3
     lr_codebooks: float = 3e-3
     lr_rest: float = 5e-4

@@ -37,11 +37,12 @@ QUANT_SWITCHES = {
     "start_on_codes": (True,),
     "dim": (2, 8),
 }
-RATE_SWITCHES = {"lr_latents": (0.0, 1e-3), "lr_scales": (0.0,), "lr_rest": (0.0, 2e-4, 1e-3)}
+RATE_SWITCHES = {"lr_latents": (0.0, 3e-3), "lr_scales": (0.0,), "lr_rest": (0.0, 2e-4, 1e-3)}
 LONGER_ARMS = {  # name of the row -> (arm, rates changed)
     "sq": ("sq", {}),
     "lcqat-paper": ("lcqat-paper", {}),
     "lcqat-planes": ("lcqat-planes", {}),
+    "lcqat-planes, latents three times as fast": ("lcqat-planes", {"lr_latents": 3e-3}),
     "lcqat-planes, latents frozen": ("lcqat-planes", {"lr_latents": 0.0}),
 }
 

@@ -5,8 +5,9 @@
 
 An arm with latents tries three rates for them and three for scales and codebooks; one without, nine of the latter. A
 run takes STEPS steps and is scored on validation text, so the table's test text stays unseen. Each finished run is
-written at once and found again by the next start; delete the file to begin anew. The best of each arm is what
-lcqat_min/compare.py says, and a test holds the two together.
+written at once and found again by the next start; delete the file to begin anew. The best of each arm, by KL to three
+decimals (seeds differ by more) and of equals the slowest, is what lcqat_min/compare.py says; a test holds the two
+together.
 """
 
 from __future__ import annotations
