@@ -155,4 +155,6 @@ def pad(x: Tensor, d: int) -> Tensor:
 def sample_vectors(W: Tensor, d: int, count: int) -> Tensor:
     """At most `count` vectors of W, evenly spread, each row divided by its root mean square: fp32 [<= count, d]."""
     x = (W / W.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).reshape(-1, d)
-    return x[:: -(-len(x) // count)]
+    count = min(count, len(x))
+    # Not every so-manieth: a step that divides the length of a row would meet the same few columns in all rows.
+    return x[torch.arange(count, device=x.device) * (len(x) - 1) // max(1, count - 1)]

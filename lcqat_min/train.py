@@ -11,7 +11,7 @@ against the unquantized model (whose text is then all that is needed), else next
 Learning rates have units, because AdamW moves every number by about its rate each step, whatever its
 gradient:
 
-    latents    bins a step: 0.0003 crosses half a bin in 1700 steps         times the layer's bin width
+    latents    bins a step: 0.001 crosses half a bin in 500 steps            times the layer's bin width
     scales     share of their root mean square a step                        times that root mean square
     codebooks  the same
     rest       plain (embeddings, norms, biases)

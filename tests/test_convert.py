@@ -415,3 +415,12 @@ def test_the_error_of_padding_does_not_count():
     assert W.shape == (2, 36) and (W[:, 33:] == 0).all()
     weights = factor.H.diagonal()
     assert factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
+
+
+def test_the_codebook_is_fitted_to_vectors_from_all_columns():
+    d, groups = 4, 256
+    W = torch.arange(groups).repeat_interleave(d).repeat(64, 1) + 1.0  # every vector tells its place in the row
+    for count in (1, 100, 1024, 4096, 10**6):
+        x = ptq.sample_vectors(W, d, count)
+        assert len(x) == min(count, 64 * groups)
+        assert len(x.unique(dim=0)) > 0.6 * min(len(x), groups)
