@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from .codebook import AffineCodebook, Codebook
 from .digits import digits_of
+from .evaluate import keep_modes
 
 FEEDBACK_BLOCK = 64
 TALL_ELEMENTS = 1 << 24  # weights rounded at a time: as many scales as fit are tried side by side, as rows
@@ -84,53 +85,47 @@ class Rounded:
         return self.codebook.decode(self.index).flatten(1) * self.scale[:, None]
 
 
+@torch.inference_mode(False)  # else the moments could not be used outside
 def second_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
 ) -> dict[str, Moments]:
     """Run token batches [B, T] through the model; return the second moments of each named layer's inputs.
 
-    Layers that are fed the same tensor (query, key and value, say) share one matrix. Raises ValueError with
-    the layer's name when no input reached it (no batches, or the model does not use it) or one is not finite.
+    Layers that are fed the same tensor (query, key and value, say) share the product. Raises ValueError with the
+    layers' names when no input reached them (no batches, or the model does not use them) or one is not finite.
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    shared: dict[str, str] = {}  # layer -> the layer whose matrix it uses
-    latest: list = [None, ""]  # the last input seen and who counted it
+    latest: list = [None, 0, None]  # the last input, how often it had been changed in place, its x^T x
 
     def hook(name: str):  # adds up x^T x of the inputs of the layer of this name
-        def count(module: nn.Module, args: tuple) -> None:
-            if args[0] is latest[0] and shared.get(name, latest[1]) == latest[1]:
-                shared[name] = latest[1]
-                return
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
-            product = x.T @ x
-            sums[name] = sums[name].add_(product) if name in sums else product
-            tokens[name] = tokens.get(name, 0) + len(x)
-            latest[:] = args[0], name
+        def count(module: nn.Module, args: tuple, named: dict) -> None:
+            x = args[0] if args else named["input"]
+            if x is not latest[0] or x._version != latest[1]:
+                rows = x.detach().reshape(-1, x.shape[-1]).double()
+                latest[:] = x, x._version, rows.T @ rows
+            sums[name] = sums[name].add_(latest[2]) if name in sums else latest[2].clone()
+            tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
 
         return count
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with keep_modes(model), torch.no_grad():
+            model.eval()
             for batch in batches:
                 model(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    for name in layers:
-        source = shared.get(name, name)
-        if source not in sums:
-            raise ValueError(
-                f"no input reached layer {name!r}: give at least one batch, and only layers the model uses"
-            )
-        if not torch.isfinite(sums[source]).all():
+    if missing := [name for name in layers if name not in sums]:
+        raise ValueError(f"no input reached layer {', '.join(map(repr, missing))}: give at least one batch, and only "
+                         "layers the model uses (an expert may need more text, or to be named in QuantConfig.skip)")
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
             raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
-    moments = {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
-    return {name: moments[shared.get(name, name)] for name in layers}
+    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
 
 
 def factorize(H: Tensor, damping: float = 0.01) -> Factor:

@@ -1,11 +1,14 @@
 """What a training run remembers: its history, and all that it needs to go on after it was stopped.
 
     history      a row a log point: loss, flips, and for each kind of parameter its gradient and its movement
-    checkpoint   one safetensors file, written whole or not at all: parameters now and at the start, the
-                 optimizer's state, and as JSON the settings, the steps done and the history
+    checkpoint   one safetensors file, written whole or not at all: parameters now and at the start, what the
+                 quantized layers hold besides, the optimizer's state, and as JSON the settings, the steps done
+                 and the history
 
 A file is refused before anything is touched when it is damaged, was made with other settings, or started from
-another model. Gives up: the teacher is not in the file; bring the same one.
+another model. The same quantization with another number of threads or on another device differs in last digits:
+such a start counts as the same (ALIKE), and the file's is taken. Gives up: neither the teacher nor the text is in
+the file; bring the same ones.
 """
 
 from __future__ import annotations
@@ -26,15 +29,19 @@ if TYPE_CHECKING:
     from .train import TrainConfig
 
 GROUPS = ("latents", "scales", "codebooks", "rest")
+ALIKE = 0.99  # of the numbers of a tensor agree to a thousandth: another seed changes nearly all
 
 
 class Run:
     """What is needed to describe, save and resume a run."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: TrainConfig):
-        self.model, self.optimizer, self.config = model, optimizer, config
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, config: TrainConfig, loss: str):
+        self.model, self.optimizer = model, optimizer
+        self.config, self.settings = config, json.dumps(asdict(config) | {"loss": loss})
         self.groups = list(optimizer.param_groups)
         self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
+        self.fixed = {f"{name}.{key}": buffer for name, layer in quant_layers(model)
+                      for key, buffer in layer.named_buffers()}
         self.start_codes = self._codes()
         self.device = next(model.parameters()).device
 
@@ -79,17 +86,17 @@ class Run:
         """Write all that `load` gives back: `step` steps done, losses since the last row of the history."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors = {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
         for group in self.groups:
             parameter, name = group["params"][0], group["name"]
             state = self.optimizer.state[parameter]
             tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
                         **{f"adam.{key}.{name}": value for key, value in state.items()}}
-        meta = {"config": asdict(self.config), "step": step, "history": history, "losses": losses}
+        meta = {"step": step, "history": history, "losses": losses}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
-                  metadata={key: json.dumps(value) for key, value in meta.items()})
+                  metadata={"settings": self.settings, **{key: json.dumps(value) for key, value in meta.items()}})
         os.replace(temporary, path)
 
     def load(self, path: Path) -> tuple[int, list[dict], list[float]]:
@@ -107,6 +114,12 @@ class Run:
             raise ValueError(f"{path} is no whole checkpoint ({error}): delete it to start afresh") from error
         self._check(path, meta, tensors)
         with torch.no_grad():
+            for name, buffer in self.fixed.items():
+                buffer.copy_(tensors[f"fixed.{name}"])
+            for group in self.groups:
+                group["params"][0].copy_(tensors[f"start.{group['name']}"])
+                self.start[group["name"]].copy_(tensors[f"start.{group['name']}"])
+            self.start_codes = self._codes()
             for group in self.groups:
                 parameter, name = group["params"][0], group["name"]
                 parameter.copy_(tensors[f"now.{name}"])
@@ -119,10 +132,18 @@ class Run:
     def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
         saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
         ours = {group["name"]: group["params"][0].shape for group in self.groups}
-        if meta.get("config") != json.dumps(asdict(self.config)) or saved != ours:
-            raise ValueError(f"{path} is the checkpoint of another run (other config or model): delete it to "
+        if meta.get("settings") != self.settings or saved != ours:
+            raise ValueError(f"{path} is the checkpoint of another run (other config, loss or model): delete it to "
                              "start afresh, or run with the settings it was made with")
-        for name, start in self.start.items():
-            if not torch.equal(tensors[f"start.{name}"], start.cpu()):
-                raise ValueError(f"{path} started from another model ({name!r} differs): quantize again as "
-                                 "for that run, or delete the file to start afresh")
+        begun = {f"start.{name}": start for name, start in self.start.items()}
+        begun |= {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
+        for name, ours in begun.items():
+            if name not in tensors or not _alike(tensors[name], ours.cpu()):
+                raise ValueError(f"{path} started from another model ({name.partition('.')[2]!r} differs): quantize "
+                                 "again as for that run, or delete the file to start afresh")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return torch.isclose(one.float(), other.float(), rtol=1e-3).float().mean().item() >= ALIKE

@@ -7,7 +7,7 @@
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the
 output head (it shares its weight with the embeddings in most small models), experts that are fused into one
-3-d parameter, and layers whose name contains one of `config.skip`.
+3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too).
 
 Steps: second moments of the inputs of each layer, from the unquantized model; each weight rounded as ptq.py says;
 then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
@@ -28,7 +28,7 @@ from .lloyd import fit
 from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
 from .rotate import random_signs
 
-MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass
+MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass of the model
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class LayerReport:
     tokens: int
 
 
+@torch.inference_mode(False)  # else the new layers could not be trained
 def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
              progress: Callable[[Iterable], Iterable] = iter) -> list[LayerReport]:
     """Quantize `model` in place from calibration batches of token ids [B, T]; one report a layer.
 
-    Nothing is swapped before all layers are rounded, so an error leaves the model as it was. `progress` may
-    wrap the loop over layers (tqdm.tqdm). Raises ValueError for weights or inputs that are not finite, for a
-    model without linear layers and for one that is quantized already, naming the layer.
+    Nothing is swapped before all layers are rounded, so an error leaves the model as it was. Afterwards save it
+    with pack.save_packed or a checkpoint of `train`: save_pretrained knows nothing of these layers. Batches hold no
+    padding. `progress` may wrap the loop over layers (tqdm.tqdm). Raises ValueError for weights or inputs that are
+    not finite, for a model without linear layers and for one that is quantized already, naming the layer.
     """
     layers = dict(linear_layers(model, config.skip))
     if not layers:
@@ -106,6 +108,12 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """[out, in] of a weight."""
+    shape = tuple(layer.weight.shape)
+    return shape if isinstance(layer, nn.Linear) else shape[::-1]
+
+
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:
     batches = list(batches)
     for batch in batches:
@@ -119,7 +127,7 @@ def _checked(batches: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _signs(layer: nn.Module, where: str, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-    rows, columns = weight_of(layer).shape
+    rows, columns = shape_of(layer)
     device = layer.weight.device
     signs_in = random_signs(columns, generator).to(device) if where != "none" else None
     signs_out = random_signs(rows, generator).to(device) if where == "both" else None
@@ -137,7 +145,7 @@ def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
 
 def _layer(old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None,
            config: QuantConfig) -> QuantLinear:
-    rows, columns = weight_of(old).shape
+    rows, columns = shape_of(old)
     common = (columns, rows, rounded, old.bias, *signs)
     if config.codebook == "table":
         return TableLinear(*common, table)
@@ -151,7 +159,7 @@ def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     group: dict[str, nn.Module] = {}
     used = 0
     for name, layer in layers.items():
-        size = 8 * weight_of(layer).shape[1] ** 2
+        size = 8 * shape_of(layer)[1] ** 2
         if group and used + size > MOMENTS_BYTES:
             yield group
             group, used = {}, 0

@@ -215,17 +215,22 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autograd; afterwards every module has its own mode back, not its parent's."""
+def keep_modes(*models: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in training or evaluation mode as it was before, whatever its parent is in."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for model in models:
-            model.eval()
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    with keep_modes(*models), torch.inference_mode():
+        for model in models:
+            model.eval()
+        yield
 
 
 def _progress(batches: list) -> Iterable:

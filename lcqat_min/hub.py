@@ -1,7 +1,8 @@
 """Load a language model and its tokenizer by name or folder, with errors that say what to do.
 
 The bundled model lies beside the package, so a clone needs no network. Any other name goes to the Hugging Face hub (or
-its cache) through `from_pretrained`. Code that comes with a checkpoint is never run (`trust_remote_code` stays off).
+its cache) through `from_pretrained`. Code that comes with a checkpoint is never run: `trust_remote_code` is off (left
+out, transformers would ask).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     if os.environ.get("LCQAT_QUIET") == "1":
         disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_why(name, error)) from error
     return model.to(device).eval(), tokenizer

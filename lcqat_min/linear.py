@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.row_scale = nn.Parameter(row_scale.float().clone())
-        self.col_scale = nn.Parameter(torch.ones(in_features, device=row_scale.device))
+        self.col_scale = nn.Parameter(torch.ones(in_features, dtype=torch.float32, device=row_scale.device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.register_buffer("signs_in", signs_in)
         self.register_buffer("signs_out", signs_out)

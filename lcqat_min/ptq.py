@@ -45,7 +45,8 @@ class QuantConfig:
     rotate        none | input | both: where the block-Hadamard rotation acts
     feedback      carry rounding errors (LDLQ) or round plainly
     damping       added to the diagonal of the second moments, as a share of its mean; raised when needed
-    scale         search: the best of several row scales; max: half a row's largest weight (ParetoQ's start)
+    scale         search: the best of several row scales; max: half a row's largest weight (ParetoQ's start),
+                  without fit and refit
     refits        rounds of fitting (A, b) to the layer's outputs and of rounding again at scales nearby
     estimator     gradient through the rounding: ste | clipped | dge (step: always clipped; table: none)
     learn_codebook  train A and b, or the table; step has neither
@@ -96,7 +97,7 @@ def normal_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
         return cb.scalar()
     if kind == "lattice":
         return cb.lattice(dim)
-    x = torch.randn(30_000, dim, generator=generator)
+    x = torch.randn(30_000, dim, generator=generator, dtype=torch.float32)
     if kind == "table":
         return fit(x, table_start(x, 4**dim, generator), rounds=20)
     if dim == 4:
@@ -106,7 +107,7 @@ def normal_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
         return min(books, key=lambda book: mean_squared_error(x, book))
     half = normal_codebook(kind, dim // 2, seed)  # two of half the size side by side, then free
     rest = normal_codebook(kind, dim - dim // 2, seed)
-    A = torch.block_diag(half.A, rest.A) + 0.05 * torch.randn(dim, 2 * dim, generator=generator)
+    A = torch.block_diag(half.A, rest.A) + 0.05 * torch.randn(dim, 2 * dim, generator=generator, dtype=torch.float32)
     return fit(x[:12_000], cb.AffineCodebook(A, torch.cat([half.b, rest.b]), 2), rounds=30)
 
 

@@ -35,7 +35,7 @@ SHORTLIST = 16  # first halves kept in a search by halves
 def nearest_level(step: float, offset: float, levels: int) -> Search:
     """One digit a weight, w = step * q + offset: the search is a rounding, whatever the metric."""
     per_step = 1 / step if step else 0.0  # a codebook that was fitted to zeros: any digit will do
-    zero = torch.tensor((levels - 1) / 2 - offset * per_step)
+    zero = torch.tensor((levels - 1) / 2 - offset * per_step, dtype=torch.float32)
     return lambda x, g: torch.add(zero, x[0], alpha=per_step).round_().clamp_(0, levels - 1).long()
 
 

@@ -58,7 +58,9 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
 
     Args:
         source: "docstrings" (offline), "wikitext2" (needs a download once), or the path of a text file or of
-            a folder of .txt and .md files.
+            a folder of .txt and .md files. Those are cut at blank lines into pieces of about 1000 characters, which
+            are dealt out by hash like documents: a window holds several pieces, and test pieces have neighbours
+            in train, so such perplexities compare models and are not those of the text read in order.
         tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
         cache_dir: where ids of the named sources are kept. Default: $LCQAT_CACHE, else
             $XDG_CACHE_HOME/lcqat-min, else ~/.cache/lcqat-min. Local files are read anew each time.

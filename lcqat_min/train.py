@@ -11,7 +11,7 @@ against the unquantized model (whose text is then all that is needed), else next
 Learning rates have units, because AdamW moves every number by about its rate each step, whatever its
 gradient:
 
-    latents    bins a step: 0.001 crosses half a bin in 500 steps            times the layer's bin width
+    latents    bins a step: 0.001 crosses half a bin in 500 steps            times the layer's (mean) bin width
     scales     share of their root mean square a step                        times that root mean square
     codebooks  the same
     rest       plain (embeddings, norms, biases)
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Run
 from .convert import quant_layers
+from .evaluate import keep_modes
 from .linear import AffineLinear, StepLinear
 
 KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
@@ -109,12 +110,13 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     accelerator = _OneProcess() if accelerator is None else accelerator
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
-    run = Run(model, optimizer, config)  # after prepare, which may move the parameters to another device
+    # After prepare, which may move the parameters to another device.
+    run = Run(model, optimizer, config, "next token" if teacher is None else "KL")
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     done, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, [], [])
-    was_training = model.training
-    model.train()
     optimizer.zero_grad()  # an interrupted run may have left gradients
-    try:
+    with keep_modes(model):
+        model.train()
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
@@ -137,8 +139,6 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             due = done % config.checkpoint_every == 0 or done == config.steps
             if checkpoint and due and accelerator.is_main_process:
                 run.save(checkpoint, done, history, losses)
-    finally:
-        model.train(was_training)
     if done < config.steps:
         raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
     return history

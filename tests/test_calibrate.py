@@ -103,14 +103,27 @@ def test_second_moments_token_by_token(tiny_llama):
         torch.testing.assert_close(moments[name].H, by_hand, rtol=1e-10, atol=1e-12)
 
 
-def test_layers_with_one_input_share_one_matrix(tiny_llama):
-    model = tiny_llama()
-    moments = second_moments(model, linears(model), BATCHES)
-    for layer in ("model.layers.0", "model.layers.1"):
-        q, k, v = (moments[f"{layer}.self_attn.{name}_proj"].H for name in "qkv")
-        assert q is k and q is v
-        assert moments[f"{layer}.mlp.gate_proj"].H is moments[f"{layer}.mlp.up_proj"].H
-    assert len({id(m.H) for m in moments.values()}) == 8
+class Chain(nn.Module):
+    """Two layers on one tensor; `change` may alter it in place or replace it between them."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.second, self.change = nn.Linear(3, 3), nn.Linear(3, 3), change
+
+    def forward(self, input_ids, use_cache):
+        x = torch.nn.functional.one_hot(input_ids, 3).float()
+        self.first(x)
+        self.second(input=self.change(x))
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.mul_(2), lambda x: x * 2 if len(x) == 1 else x])
+def test_second_moments_of_layers_that_share_their_input_at_times(change):
+    model, batches = Chain(change), [torch.tensor([[0, 1, 1]]), torch.tensor([[0, 2], [1, 2]])]
+    moments = second_moments(model, {"first": model.first, "second": model.second}, batches)
+    for name, factor in (("first", lambda x: x), ("second", change)):
+        x = [factor(torch.nn.functional.one_hot(batch, 3).float()).flatten(0, 1).double() for batch in batches]
+        by_hand = sum(part.T @ part for part in x) / 7
+        torch.testing.assert_close(moments[name].H, by_hand)
 
 
 def test_second_moments_do_not_depend_on_the_order_of_the_names(tiny_llama):
@@ -140,7 +153,7 @@ def test_hooks_are_removed_after_a_failure(tiny_llama):
 
 def test_second_moments_of_nothing(tiny_llama):
     model = tiny_llama()
-    with pytest.raises(ValueError, match="no input reached layer 'model.layers.0.self_attn.q_proj': give"):
+    with pytest.raises(ValueError, match="no input reached layer 'model.layers.0.self_attn.q_proj', 'model"):
         second_moments(model, linears(model), [])
     with pytest.raises(ValueError, match="no input reached layer 'spare'"):
         second_moments(model, {"spare": nn.Linear(2, 2)}, BATCHES)

@@ -424,3 +424,24 @@ def test_the_codebook_is_fitted_to_vectors_from_all_columns():
         x = ptq.sample_vectors(W, d, count)
         assert len(x) == min(count, 64 * groups)
         assert len(x.unique(dim=0)) > 0.6 * min(len(x), groups)
+
+
+def test_a_model_that_was_quantized_in_inference_mode_can_be_trained(tiny_llama, batches):
+    model = tiny_llama()
+    with torch.inference_mode():
+        quantize(model, batches, QuantConfig(skip=PAIR))
+    model(input_ids=batches[0]).logits.sum().backward()
+    assert all(layer.latent.grad is not None for _, layer in quant_layers(model))
+
+
+def test_the_default_dtype_does_not_matter(tiny_llama, batches, monkeypatch):
+    monkeypatch.setattr(ptq, "normal_codebook", REAL_CODEBOOK)
+    expected, model = tiny_llama(), tiny_llama()
+    quantize(expected, batches, QuantConfig(skip=PAIR))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        quantize(model, batches, QuantConfig(skip=PAIR))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same = zip(expected.state_dict().values(), model.state_dict().values(), strict=True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in same)

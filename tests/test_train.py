@@ -309,8 +309,36 @@ def test_checkpoints_of_other_runs_are_refused(pair, tmp_path):
     refused(pair("planes", learn_codebook=False)[1], teacher, RUN, path, other_run)
     refused(pair("planes", seed=3)[1], teacher, RUN, path, r"another model \('model\..*' differs\).*delete")
     refused(trained, teacher, RUN, path, "another model")
+    refused(pair("planes")[1], None, RUN, path, other_run)  # another loss
     save_file({"weight": torch.ones(3)}, path)
     refused(pair("planes")[1], teacher, RUN, path, other_run)
+
+
+def test_a_start_that_differs_in_last_digits_is_the_same_start(pair, tmp_path):
+    path = tmp_path / "run.safetensors"
+    teacher, model = pair("planes")
+    whole = train(model, stream(), RUN, teacher)
+    stopped, begun_elsewhere = pair("planes")[1], pair("planes")[1]
+    with pytest.raises(Stop):
+        train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(5))
+    with torch.no_grad():
+        for parameter in begun_elsewhere.parameters():
+            parameter *= 1 + 1e-6
+    history = train(begun_elsewhere, stream(), RUN, teacher, checkpoint=path)
+    assert [row["flips"] for row in history] == [row["flips"] for row in whole]
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    for one, other in zip(begun_elsewhere.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_without_latents_belong_to_the_start(pair, tmp_path):
+    path = tmp_path / "run.safetensors"
+    teacher, model = pair("table")
+    train(model, stream(), RUN, teacher, checkpoint=path)
+    other = pair("table")[1]
+    for _, layer in quant_layers(other):
+        layer.index.copy_(layer.index.flip(0))
+    refused(other, teacher, RUN, path, r"another model \('model\..*index' differs\)")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"\xff" * 64, lambda data: b""])
