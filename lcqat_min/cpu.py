@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .codebook import AffineCodebook, Codebook, TableCodebook
+from .constants import constant
 from .digits import digits_of, index_of
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
@@ -53,6 +54,8 @@ def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) ->
     """
     affine = isinstance(book, AffineCodebook)
     with torch.no_grad():
+        if affine and torch.compiler.is_compiling() and len(x) <= FEW_ROWS:
+            return _sum_of_planes(*fold(x, codes.shape[1], book), codes)  # chunks would be nodes by the thousand
         if affine and compiled and len(x) <= FEW_ROWS:
             if (y := attempt(_by_compiled_planes, x, codes, book)) is not None:
                 return y
@@ -92,8 +95,8 @@ def fold(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tenso
 
 def byte_table(book: Codebook) -> Tensor:
     """The four weights of every byte, fp32 [256, 4], for codebooks that fill whole bytes at 2 bits a weight."""
-    shifts = torch.arange(8 - book.bits, -1, -book.bits, device=_device(book))
-    index = torch.arange(256, device=_device(book))[:, None] >> shifts & (1 << book.bits) - 1
+    shifts = torch.arange(8 - book.bits, -1, -book.bits, device=device_of(book))
+    index = torch.arange(256, device=device_of(book))[:, None] >> shifts & (1 << book.bits) - 1
     return book.decode(index).reshape(256, 4)
 
 
@@ -119,7 +122,7 @@ def _all_codewords(book: Codebook) -> Tensor:
     """book.codewords() of 16 bits; for two-level digits as sums of two halves, in a tenth of the time."""
     if isinstance(book, TableCodebook) or book.levels == 4:
         return book.codewords()
-    digits = _byte_digits(2, _device(book))
+    digits = _byte_digits(2, device_of(book))
     first, second = digits @ book.A[:, :8].T, digits @ book.A[:, 8:].T + book.b
     return (first[:, None] + second).flatten(0, 1)
 
@@ -222,18 +225,19 @@ def _masks(planes: int) -> list[int]:
     return [((1 << width) - 1) << 8 - width * (j + 1) for j in range(planes)]
 
 
-@lru_cache(maxsize=4)
+@constant
 def _masked_bytes(planes: int, device: torch.device) -> Tensor:
     """byte & mask of every plane and byte, fp32 [planes, 256]."""
     masks = torch.tensor(_masks(planes), device=device)[:, None]
     return (torch.arange(256, device=device) & masks).float()
 
 
-@lru_cache(maxsize=8)
+@constant
 def _byte_digits(levels: int, device: torch.device) -> Tensor:
     """Digits of every byte, fp32 [256, 4 or 8]."""
     return digits_of(torch.arange(256, device=device), 4 if levels == 4 else 8, levels)
 
 
-def _device(book: Codebook) -> torch.device:
+def device_of(book: Codebook) -> torch.device:
+    """Where the numbers of a codebook are."""
     return (book.table if isinstance(book, TableCodebook) else book.A).device

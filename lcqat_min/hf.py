@@ -49,6 +49,9 @@ class PackedQuantizer(HfQuantizer):
         share_tables(layers)
         swap(model, layers)
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+        return model.requires_grad_(False)  # else a forward pass outside no_grad would keep every decoded weight
+
     def is_serializable(self) -> bool:
         get_logger(__name__).warning("a packed model is saved by lcqat_min.pack.save_packed(model, folder)")
         return False

@@ -105,18 +105,21 @@ def launch_fused(h: Tensor, codes: Tensor, book: AffineCodebook, limbs: int) -> 
     """D h by the fold and fused kernels: h fp32 [M, in], codes uint8 [out, bytes] -> fp32 [M, out]."""
     (tokens, inputs), (rows, row_bytes) = h.shape, codes.shape
     width, blocks, columns = (2 if book.levels == 4 else 1), -(-row_bytes // TILE_BYTES), limbs * tokens
+    codes = codes.contiguous()
     digits = h.new_empty((8 // width, columns, blocks * TILE_BYTES), dtype=torch.int8)
     scale, constant = h.new_empty((2, columns, blocks)).unbind()
-    _jit(fold_kernel)[tokens, blocks](h.contiguous(), book.A.contiguous(), book.b, digits, scale, constant, inputs,
-                                      tokens, blocks, D=book.dim, K=book.A.shape[1], WIDTH=width, LIMBS=limbs,
-                                      BYTES=TILE_BYTES)
+    with torch.cuda.device_of(h):  # Triton launches on the current device
+        _jit(fold_kernel)[tokens, blocks](h.contiguous(), book.A.contiguous(), book.b.contiguous(), digits, scale,
+                                          constant, inputs, tokens, blocks, D=book.dim, K=book.A.shape[1],
+                                          WIDTH=width, LIMBS=limbs, BYTES=TILE_BYTES)
     tiles = -(-rows // TILE_ROWS)
     each = -(-blocks // max(1, min(blocks, PROGRAMS // tiles)))
     splits = -(-blocks // each)
     partial = h.new_empty((splits, columns, rows))
-    _jit(fused_kernel)[tiles, splits](codes.view(torch.int8), digits, scale, constant, partial, rows, row_bytes, blocks,
-                                      columns, each, WIDTH=width, COLUMNS=columns_of(columns),
-                                      ROWS=TILE_ROWS, BYTES=TILE_BYTES, num_warps=4, num_stages=3)
+    with torch.cuda.device_of(h):
+        _jit(fused_kernel)[tiles, splits](codes.view(torch.int8), digits, scale, constant, partial, rows, row_bytes,
+                                          blocks, columns, each, WIDTH=width, COLUMNS=columns_of(columns),
+                                          ROWS=TILE_ROWS, BYTES=TILE_BYTES, num_warps=4, num_stages=3)
     return partial.view(-1, tokens, rows).sum(0)
 
 
@@ -130,7 +133,9 @@ def launch_dequantize(codes: Tensor, table: Tensor, row_scale: Tensor, columns: 
     rows, row_bytes = codes.shape
     weight = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     step = min(DECODE_BYTES, max(128, 1 << (row_bytes - 1).bit_length()))
-    _jit(dequantize_kernel)[rows,](codes, table, row_scale, weight, columns, row_bytes, BYTES=step)
+    with torch.cuda.device_of(codes):
+        _jit(dequantize_kernel)[rows,](codes.contiguous(), table.contiguous(), row_scale.contiguous(), weight, columns,
+                                       row_bytes, BYTES=step)
     return weight
 
 
@@ -242,5 +247,7 @@ def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:
     if row_scale.shape != codes.shape[:1]:
         raise ValueError(f"packed_linear: row_scale has shape {list(row_scale.shape)}; "
                          f"want [{codes.shape[0]}], one number a row of codes")
-    if x.device != codes.device:
-        raise ValueError(f"packed_linear: x is on {x.device}, the codes on {codes.device}; move one with .to().")
+    places = {"x": x.device, "codes": codes.device, "row_scale": row_scale.device, "codebook": cpu.device_of(book)}
+    if len(set(places.values())) > 1:
+        found = ", ".join(f"{name} on {place}" for name, place in places.items())
+        raise ValueError(f"packed_linear: {found}; move all to one device with .to().")

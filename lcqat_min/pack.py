@@ -14,8 +14,8 @@ Scales and codebooks are stored as fp16. `to_storage_precision(model)` gives the
 numbers, so that it, the packed file and the dense export agree. Latents are not stored: further training
 starts on the codes (storage.py).
 
-A folder is written under another name and then swapped in, so an interrupted save leaves the old one
-whole.
+Files are written under another name and then moved in, all or none; other files of the folder are left alone. A
+save that loses power on the way leaves the old files in a folder BEFORE, and the next save moves them back first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,7 @@ __all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats",
 METHOD = "lcqat_min.hf"  # `quant_method`: also the module that teaches transformers to read the folder
 VERSION = 1
 WEIGHTS = "model.safetensors"
+BEFORE = ".before-save"
 AGAIN = "copy it again from where it was whole, or save the model again"
 TITLE = "# A model packed by lcqat-min"
 README = """
@@ -59,12 +61,12 @@ weights of another shape than it expects.
 def save_packed(model: nn.Module, folder: str | Path) -> Bits:
     """Write `model` (a transformers model, in training or packed) to `folder`; returns what it takes.
 
-    The model is not changed. An existing folder is replaced; files in it that are neither weights nor
-    configuration (a tokenizer, say) are kept. ValueError, before anything is written, for a model without
+    The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
+    configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model without
     quantized layers, for numbers that fp16 cannot hold, for a folder of something else; TypeError for a model
     that is not of transformers.
     """
-    tensors, layers = _parts(model)
+    model, tensors, layers = _parts(model)
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
     forms = {name: asdict(layer.form) for name, layer in layers.items()}
@@ -73,8 +75,7 @@ def save_packed(model: nn.Module, folder: str | Path) -> Bits:
     def complete(part: Path) -> None:
         _configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
                           "sha256": _digest(forms, part / WEIGHTS)})
-        if not (part / "README.md").exists():
-            (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
+        (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
 
     _write(model, tensors, Path(folder), complete)
     return bits
@@ -86,14 +87,18 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
     trainable: with layers that train on from the file's codes instead of packed ones. FileNotFoundError or
     ValueError for a folder that is missing, foreign, of a newer version, truncated or altered.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
 
     from . import hf  # noqa: F401  registers the reader
 
     folder = Path(folder)
-    check(folder / WEIGHTS, _settings(folder / "config.json"))
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    config = config_of(folder)
+    check(folder / WEIGHTS, config.get("quantization_config") or {})
+    kind = getattr(transformers, str((config.get("architectures") or [""])[0]), AutoModelForCausalLM)
+    model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if trainable:
+        model.requires_grad_(True)
         swap(model, unpack_layers({n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}))
         model.hf_quantizer.remove_quantization_config(model)
     return model
@@ -105,7 +110,7 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
 
     It is as large as before quantization, and gives the logits of the packed file. Errors as in save_packed.
     """
-    tensors, layers = _parts(model)
+    model, tensors, layers = _parts(model)
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     for name, layer in layers.items():
@@ -157,9 +162,13 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, layer)
 
 
-def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedLinear]]:
-    """Tensors that stay as they are (embeddings, norms, biases, ...), tied ones once; and packed layers."""
-    if not hasattr(model, "all_tied_weights_keys"):
+def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, PackedLinear]]:
+    """The model itself (out of torch.compile's wrapper); tensors that stay as they are (embeddings, norms, biases,
+    ...), tied ones once; and packed layers."""
+    from transformers import PreTrainedModel
+
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no transformers model and has no config to load it by. "
                         "Save what lcqat_min.storage.pack_layers(model) gives by your own means.")
     layers = pack_layers(model)
@@ -171,7 +180,7 @@ def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedLinear]
         parent, _, leaf = key.rpartition(".")
         if key not in model.all_tied_weights_keys and (parent not in layers or leaf == "bias"):
             rest[key] = value
-    return rest, layers
+    return model, rest, layers
 
 
 def _digest(forms: dict[str, dict], file: Path) -> str:
@@ -181,15 +190,18 @@ def _digest(forms: dict[str, dict], file: Path) -> str:
     return digest.hexdigest()
 
 
-def _settings(file: Path) -> dict:
-    """quantization_config of a config.json; {} if it has none."""
-    old = file.parent.with_name(file.parent.name + ".old")
+def config_of(folder: Path) -> dict:
+    """config.json of a folder; FileNotFoundError or ValueError where it is missing or none."""
+    file = folder / "config.json"
     if not file.is_file():
-        hint = f"; a save was interrupted: rename {old} to it" if old.is_dir() else ""
+        before = folder / BEFORE
+        hint = f"; a save was interrupted: move the files in {before} back" if before.is_dir() else ""
         raise FileNotFoundError(f"{file} is missing: give a folder that save_packed wrote{hint}")
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (ValueError, AttributeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        dict(config.get("quantization_config") or {})
+        return config
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is not the JSON of a configuration ({error}): {AGAIN}") from error
 
 
@@ -204,46 +216,70 @@ def _configure(part: Path, settings: dict | None) -> None:
 def _write(
     model: nn.Module, tensors: dict[str, Tensor], folder: Path, complete: Callable[[Path], None]
 ) -> None:
-    """Write a Hugging Face folder beside `folder`, let `complete` finish it, and swap it in."""
+    """Write a Hugging Face model inside `folder`, under another name, let `complete` finish it, and move it in."""
     from safetensors.torch import save_file
 
     folder = folder.resolve()
-    part = folder.with_name(folder.name + ".part")
-    is_model = (folder / "config.json").is_file()
+    is_model = (folder / "config.json").is_file() or (folder / BEFORE).is_dir()
     if folder.is_file() or folder.is_dir() and not is_model and any(folder.iterdir()):
         raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
-    shutil.rmtree(part, ignore_errors=True)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        if is_model:
-            weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
-            shutil.copytree(folder, part, ignore=weights)
-        part.mkdir(parents=True, exist_ok=True)
-        readme = part / "README.md"
-        if readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
-            readme.unlink()  # of an earlier save_packed
-        config = copy.deepcopy(model.config)
-        config.architectures, config.dtype = [type(model).__name__], model.dtype
-        config.save_pretrained(part)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(part)
-        tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        complete(part)
-        _swap_in(part, folder)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            part = Path(name)
+            config = copy.deepcopy(model.config)
+            config.architectures, config.dtype = [type(model).__name__], model.dtype
+            config.save_pretrained(part)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(part)
+            tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+            complete(part)
+            _move_in(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def _swap_in(part: Path, folder: Path) -> None:
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists():
-        os.replace(part, folder)
-        return
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
+def _move_in(part: Path, folder: Path) -> None:
+    """Rename the files of `part` into `folder`, all or none. What they replace lies in folder/BEFORE meanwhile."""
+    before = folder / BEFORE
+    _undo(folder)  # of a save that was interrupted
+    if (folder / "README.md").is_file() and not _is_ours(folder / "README.md"):
+        (part / "README.md").unlink(missing_ok=True)
+    new = {file.name for file in part.iterdir()}
+    old = {name for name in new | _weight_files(folder) if (folder / name).is_file()}
+    if _is_ours(folder / "README.md"):
+        old.add("README.md")
+    before.mkdir()
     try:
-        os.replace(part, folder)
+        for name in sorted(old):
+            os.replace(folder / name, before / name)
+        for name in sorted(new):
+            os.replace(part / name, folder / name)
     except BaseException:
-        os.replace(old, folder)
+        for name in new - old:
+            (folder / name).unlink(missing_ok=True)
+        _undo(folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(before)
+
+
+def _undo(folder: Path) -> None:
+    """Move what folder/BEFORE holds back, if it is there."""
+    before = folder / BEFORE
+    if before.is_dir():
+        for file in before.iterdir():
+            os.replace(file, folder / file.name)
+        before.rmdir()
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """Names of the weights of the model in `folder`; other tensor files (adapters, checkpoints) are not ours."""
+    shards = (file.name for file in folder.glob("model-?????-of-?????.safetensors"))
+    return {WEIGHTS, f"{WEIGHTS}.index.json", *shards}
+
+
+def _is_ours(readme: Path) -> bool:
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE)

@@ -17,7 +17,7 @@ the same map, with D = decode(codes) [out, in] never whole on a CPU (cpu.py, ker
     y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias
 
 Everything is computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training
-gave to about six digits.
+gave to about six digits. On GPUs, products of many rows in half precision are the exception (kernels.py).
 
 `pack_bits` and `unpack_bits` are plain torch, to be read, and to check the products against.
 """

@@ -8,11 +8,11 @@ optional ones only say what will be missing.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 NEEDED_MEMORY, NEEDED_DISK = 3e9, 1e9  # bytes: `compare` peaks at half of this; caches and runs
 
@@ -90,8 +90,9 @@ def text() -> str:
 def memory() -> str:
     """Enough memory is free."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # macOS and Windows do not say
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])  # with what caches would give back
+    except (OSError, ValueError, KeyError):  # macOS and Windows do not say
         return "this system does not say"
     if free < NEEDED_MEMORY / 2:
         raise Problem(f"{free / 1e9:.1f} GB are free. Close other programs: the comparison needs about 1.5 GB.")

@@ -23,10 +23,10 @@ a learned A.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from .constants import constant
 
 MAX_BLOCK = 128
 
@@ -38,8 +38,7 @@ def block_of(width: int) -> int:
     return min(width & -width, MAX_BLOCK)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # kept across calls: an evaluation must not leave one that training cannot use
+@constant
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
     """Orthonormal Sylvester-Hadamard matrix [size, size], shared by all callers: do not write to it.
 

@@ -191,6 +191,24 @@ def test_dequantize_in_torch_serves_all_dtypes(name, dtype):
     torch.testing.assert_close(weight.float(), D * r[:, None], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@needs_triton
+def test_kernels_take_views():
+    book = book_of("planes 4")
+    codes, D = packed(book, 40, 256)
+    x, scale = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)), torch.tensor(0.5).expand(40)
+    view = codes[:, :32]  # the first 128 inputs
+    assert relative(kernels.launch_fused(x.to(DEVICE), view.to(DEVICE), book, 3).cpu(), x @ D[:, :128].T) < 1e-5
+    weight = kernels.launch_dequantize(view.to(DEVICE), cpu.byte_table(book).to(DEVICE), scale.to(DEVICE), 128,
+                                       torch.float16)
+    torch.testing.assert_close(weight.cpu(), (D[:, :128] * 0.5).half(), rtol=1e-3, atol=0)
+
+
+def test_devices_that_disagree_are_named():
+    codes, _ = packed(book_of("planes 4"), 8, 64)
+    with pytest.raises(ValueError, match="codebook on meta; move all to one device"):
+        kernels.packed_linear(torch.ones(1, 64), codes, book_of("planes 4").to("meta"), torch.ones(8))
+
+
 # --- offsets: what is read and written, when the programs are those of a huge weight ---
 
 
@@ -381,7 +399,7 @@ def test_bad_arguments_are_named():
         kernels.packed_linear(torch.ones(1, 64), codes.long(), book, r)
     with pytest.raises(ValueError, match=r"row_scale has shape \[7\]; want \[8\]"):
         kernels.packed_linear(torch.ones(1, 64), codes, book, r[:7])
-    with pytest.raises(ValueError, match="x is on meta, the codes on cpu"):
+    with pytest.raises(ValueError, match="x on meta, codes on cpu"):
         kernels.packed_linear(torch.ones(1, 64, device="meta"), codes, book, r)
 
 

@@ -399,14 +399,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_saving_again_replaces_the_model_and_keeps_other_files(planes, saved):
-    (saved / "tokenizer.json").write_text("{}")
+    others = [saved / "tokenizer.json", saved / "adapter.safetensors", saved / "checkpoint-5" / "model.safetensors"]
+    for other in (*others, saved.with_name("model.old") / "notes.txt", saved.with_name("model.part") / "notes.txt"):
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("mine")
     (saved / "model-00001-of-00002.safetensors").write_text("stale")
     first = contents(saved)
     save_packed(load_packed(saved), saved)
     second = contents(saved)
     del first["model-00001-of-00002.safetensors"]
     assert first == second  # the same bytes: saving is deterministic
-    assert sorted(file.name for file in saved.parent.iterdir()) == ["model"]
+    assert sorted(contents(saved.parent).items() - {(f"model/{k}", v) for k, v in second.items()}) == [
+        ("model.old/notes.txt", b"mine"), ("model.part/notes.txt", b"mine")]
     assert "import lcqat_min.hf" in (saved / "README.md").read_text()
     export_dense(planes, saved)
     assert sorted(contents(saved)) == sorted(first.keys() - {"README.md"})
@@ -514,10 +518,38 @@ def test_a_damaged_folder_is_refused_by_name(damage, saved):
     assert str(saved) in str(error.value)
 
 
-def test_a_save_that_lost_power_between_its_renames_says_where_the_old_folder_is(saved):
-    shutil.move(saved, saved.with_name("model.old"))
-    with pytest.raises(FileNotFoundError, match=r"rename .*model.old to it"):
+def test_a_save_that_lost_power_between_its_renames_says_where_the_old_files_are(planes, saved):
+    whole, before = contents(saved), saved / ".before-save"
+    before.mkdir()
+    for name in ("README.md", "config.json", "model.safetensors"):
+        shutil.move(saved / name, before / name)
+    with pytest.raises(FileNotFoundError, match=r"move the files in .*before-save back"):
         load_packed(saved)
+    save_packed(planes, saved)
+    assert contents(saved) == whole
+
+
+def test_a_model_that_is_compiled_is_saved_as_itself(planes, saved, tmp_path):
+    whole = contents(saved)
+    save_packed(torch.compile(planes), saved)
+    export_dense(torch.compile(planes), tmp_path / "dense")
+    assert contents(saved) == whole and (tmp_path / "dense" / "model.safetensors").is_file()
+
+
+def test_a_model_of_another_class_comes_back_as_that_class(planes, tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    planes.config.pad_token_id = 0
+    model = LlamaForSequenceClassification(planes.config)
+    model.model = planes.model
+    save_packed(model, tmp_path / "classifier")
+    again = load_packed(tmp_path / "classifier")
+    assert type(again) is type(model) and torch.equal(again.score.weight, model.score.weight)
+
+
+def test_a_packed_model_asks_for_no_gradient_until_it_is_to_be_trained(saved):
+    assert not any(p.requires_grad for p in load_packed(saved).parameters())
+    assert all(p.requires_grad for p in load_packed(saved, trainable=True).parameters())
 
 
 # ------------------------------------------------------------------------------------ without this package

@@ -119,6 +119,15 @@ def test_signs_are_plus_and_minus_one_and_follow_the_generator():
     assert first.dtype == torch.float32
 
 
+def test_a_constant_that_was_traced_is_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    hadamard.cache_clear()
+    with FakeTensorMode():
+        mix(torch.ones(2, 8))
+    torch.testing.assert_close(mix(mix(torch.eye(8))), torch.eye(8))
+
+
 def test_training_can_follow_an_evaluation_in_inference_mode():
     hadamard.cache_clear()
     with torch.inference_mode():
