@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"lcqat: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -177,13 +177,15 @@ def run_compare(args: argparse.Namespace) -> int:
     teacher, tokenizer = load(args.model or BUNDLED, device)
     lab = Lab(teacher, tokenizer, load_text(args.text, tokenizer), budget, device)
     _run_arms(lab, arms, args.seeds, args.prompt, results, folder)
-    report.picture(results.data, folder / "compare.svg")
     committed = ROOT / "results" / "compare.json"
     print("\n" + report.beside(results.data, read_results(committed) if committed.exists() else {"rows": []}))
     print(f"\n{args.prompt!r}, continued by each arm (seed {args.seeds[0]}):")
     for arm, sample in results.data["samples"].items():
         print(f"  {arm:<15}{' '.join(sample.split())}")
-    print(f"\ntable: {folder / 'compare.json'}\npicture: {folder / 'compare.svg'}")
+    print(f"\ntable: {folder / 'compare.json'}")
+    if any(row["arm"] != "fp" for row in results.data["rows"]):
+        report.picture(results.data, folder / "compare.svg")
+        print(f"picture: {folder / 'compare.svg'}")
     if args.save:
         save_committed(results.data)
     return 0

@@ -7,6 +7,7 @@ out, transformers would ask).
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -47,12 +48,22 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
 
     if os.environ.get("LCQAT_QUIET") == "1":
         disable_progress_bar()
+    if _is_quantized(name):
+        raise ValueError(f"the model in {name} is quantized already: give the unquantized one it was made from")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_why(name, error)) from error
     return model.to(device).eval(), tokenizer
+
+
+def _is_quantized(name: str | Path) -> bool:
+    file = Path(name) / "config.json"
+    try:
+        return "quantization_config" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # no folder, or one that transformers will complain of
 
 
 def _why(name: str | Path, error: Exception) -> str:
@@ -63,7 +74,7 @@ def _why(name: str | Path, error: Exception) -> str:
         return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
     return (
         f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
-        f"cache ({_first_line(error)}). Check the name, or leave --model out for the bundled {BUNDLED.name}."
+        f"cache ({_first_line(error)}). Check the name; the bundled model lies in {BUNDLED}."
     )
 
 

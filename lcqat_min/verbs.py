@@ -12,7 +12,6 @@ Each function takes the parsed arguments of cli.py and prints what it did.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -62,7 +61,10 @@ def run_train(args: argparse.Namespace) -> None:
 
     _new(args.out)
     device = choose_device(args.device)
-    student, tokenizer = _packed(args.folder, device, trainable=True)
+    tokenizer = _tokenizer(args.folder)
+    student = _packed(args.folder, device, trainable=True)
+    for parameter in student.parameters():  # transformers refuses .float() of what was loaded quantized
+        parameter.data = parameter.data.float()
     teacher, _ = load(args.teacher or BUNDLED, device)
     text = load_text(args.text, tokenizer)
     config = TrainConfig(steps=max(1, args.tokens // (WINDOW * BATCH)))
@@ -87,7 +89,7 @@ def run_export(args: argparse.Namespace) -> None:
     from .pack import export_dense
 
     _new(args.out)
-    model, tokenizer = _packed(args.folder, torch.device("cpu"))
+    model, tokenizer = _packed(args.folder, torch.device("cpu")), _tokenizer(args.folder)
     export_dense(model, args.out)
     tokenizer.save_pretrained(args.out)
     print(f"ordinary checkpoint, as large as an unquantized one: {args.out}")
@@ -95,7 +97,9 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt greedily."""
-    model, tokenizer = _any(args.folder, choose_device(args.device))
+    model, tokenizer = _any(args.folder, choose_device(args.device)), _tokenizer(args.folder)
+    if not args.prompt:
+        raise ValueError("the prompt is empty: give at least one word to continue")
     inputs = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).to(next(model.parameters()).device)
     with torch.no_grad():
         out = model.generate(
@@ -112,28 +116,43 @@ def run_bits(args: argparse.Namespace) -> None:
     """Print what a model costs on file."""
     from .pack import bits_per_weight
 
-    print(bits_per_weight(_any(args.folder, torch.device("cpu"))[0]))
+    print(bits_per_weight(_any(args.folder, torch.device("cpu"))))
 
 
-def _packed(folder: Path, device: torch.device, trainable: bool = False) -> tuple[nn.Module, object]:
-    from transformers import AutoTokenizer
-
+def _packed(folder: Path, device: torch.device, trainable: bool = False) -> nn.Module:
     from .pack import load_packed
 
-    model = load_packed(folder, trainable=trainable).to(device)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return load_packed(folder, trainable=trainable).to(device)
 
 
-def _any(name: str, device: torch.device) -> tuple[nn.Module, object]:
-    config = Path(name) / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+def _any(name: str, device: torch.device) -> nn.Module:
+    """The model of a packed or an ordinary folder, or of a name on the hub."""
+    from .pack import config_of
+
+    if Path(name).is_dir() and "quantization_config" in config_of(Path(name)):
         return _packed(Path(name), device)
-    return load(name, device)
+    return load(name, device)[0]
+
+
+def _tokenizer(folder: Path) -> object:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer: tokenizer.save_pretrained({str(folder)!r}) puts one beside the "
+                         f"model. transformers says: {str(error).splitlines()[0][:100]}") from error
 
 
 def _new(folder: Path) -> None:
+    """Refuse a folder that exists or cannot be made now, rather than after hours of work."""
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another --out, or remove it")
+    try:
+        folder.mkdir(parents=True)
+        folder.rmdir()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error}): choose another --out") from error
 
 
 def _quiet() -> bool:

@@ -61,6 +61,12 @@ def test_compare_writes_table_picture_and_samples(run, tmp_path, capsys):
     assert "lcqat-planes" in out and "continued by each arm" in out
 
 
+def test_the_control_alone_has_a_table_and_no_picture(run, tmp_path, capsys):
+    assert run("--arms", "fp") == 0
+    assert re.search(r"^.*\bfp\b.*0\.0000", capsys.readouterr().out, re.MULTILINE)
+    assert not list(tmp_path.glob("runs/*/compare.svg"))
+
+
 def test_interrupted_run_resumes_to_the_same_rows(run, tmp_path, monkeypatch, capsys):
     assert run("--arms", "rtn", "sq") == 0
     (whole,) = (tmp_path / "runs").iterdir()

@@ -8,7 +8,7 @@ import torch
 
 from lcqat_min import cli
 from lcqat_min.hub import load
-from lcqat_min.pack import load_packed
+from lcqat_min.pack import load_packed, save_packed
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,34 @@ def test_a_folder_that_exists_is_left_alone(place, packed, capsys, verb):
 def test_a_plain_folder_is_no_packed_one(place, capsys):
     assert call("export", place / "model", "--out", place / "nothing") == 2
     assert str(place / "model") in capsys.readouterr().err and not (place / "nothing").exists()
+
+
+def test_a_packed_folder_is_no_model_to_quantize(place, packed, capsys):
+    for verb, *out in (("quantize", "--out", place / "nothing"), ("compare",)):
+        assert call(verb, "--model", packed, "--text", place / "text.txt", *out) == 2
+        assert "is quantized already" in capsys.readouterr().err
+
+
+def test_a_model_in_half_precision_without_a_tokenizer(place, packed, tmp_path, capsys):
+    save_packed(load_packed(packed).bfloat16(), tmp_path / "half")
+    assert call("bits", tmp_path / "half") == 0
+    data = ("--teacher", place / "model", "--text", place / "text.txt", "--tokens", 1024, "--out", tmp_path / "out")
+    assert call("train", tmp_path / "half", *data) == 2
+    assert "holds no tokenizer: tokenizer.save_pretrained(" in capsys.readouterr().err
+    load(place / "model")[1].save_pretrained(tmp_path / "half")
+    assert call("train", tmp_path / "half", *data) == 0
+    capsys.readouterr()
+    assert call("generate", tmp_path / "out", "--prompt", "") == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_damaged_configurations_and_places_that_cannot_be_written_are_named(place, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert call("bits", tmp_path) == 2
+    assert "config.json is not the JSON" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert call("quantize", "--model", place / "model", "--out", tmp_path / "file" / "q") == 2
+    assert f"cannot write to {tmp_path / 'file' / 'q'}" in capsys.readouterr().err
 
 
 def test_tokens_must_be_positive(capsys):
