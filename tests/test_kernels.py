@@ -317,6 +317,19 @@ def test_compiled_path_is_the_same_sum(monkeypatch):
     cpu._compiled.cache_clear()
 
 
+def test_a_graph_of_a_whole_model_is_short():
+    """torch.compile of a model unrolls Python's loops: over chunks of rows they would make graphs of thousands."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, book = CompileCounterWithBackend("eager"), book_of("planes 4")
+    codes, D = packed(book, 4096, 1024)
+    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(1))
+    y = torch.compile(lambda x: cpu.product(x, codes, book), backend=counter)(x)
+    assert relative(y, x @ D.T) < 1e-5
+    assert sum(len(graph.graph.nodes) for graph in counter.graphs) < 100
+
+
 def test_compiler_that_fails_is_named_once_and_replaced(monkeypatch):
     def no_compiler(function, **options):
         raise RuntimeError("no C++ compiler found")
