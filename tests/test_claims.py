@@ -49,9 +49,9 @@ def level(rows: list[dict], others: list[dict], key: str) -> bool:
     return not below(rows, key, others, key) and not below(others, key, rows, key)
 
 
-def test_lattice_is_ahead_of_the_rotated_grid_before_training_alone(arms):
-    assert below(arms["lcqat-paper"], "kl_ptq", arms["lcqat-release"], "kl_ptq")
-    assert level(arms["lcqat-paper"], arms["lcqat-release"], "kl_qat")
+def test_lattice_is_little_ahead_of_the_rotated_grid(arms):
+    mean = {name: sum(row["kl_qat"] for row in arms[name]) / 3 for name in ("sq", "lcqat-release", "lcqat-paper")}
+    assert abs(mean["lcqat-release"] - mean["lcqat-paper"]) < 0.1 * (mean["sq"] - mean["lcqat-paper"])
 
 
 def test_untied_vectors_beat_every_scalar_arm(arms):
@@ -64,15 +64,19 @@ def test_planes_and_table_are_level_after_training(arms):
     assert level(arms["lcqat-planes"], arms["free-vq"], "kl_qat")
 
 
-def test_codes_of_the_lcqat_arms_do_not_flip(arms):
-    assert all(row["code_flips"] < 0.0005 for name in arms if name.startswith("lcqat") for row in arms[name])
+def test_codes_of_the_lcqat_arms_hardly_flip(arms):
+    assert all(row["code_flips"] < 0.0001 for name in arms if name.startswith("lcqat") for row in arms[name])
 
 
 def test_rates_that_flip_codes_did_not_help():
     rows = read_results(ROOT / "results" / "rates.json")["rows"]
-    for arm in ("lcqat-paper", "lcqat-planes", "lcqat-release"):
-        best = min((row for row in rows if row["arm"] == arm), key=lambda row: row["kl_qat"])
-        assert best["code_flips"] < 0.0005
+    for arm in ("lcqat-paper", "lcqat-planes"):
+        best = {rate: min(row["kl_qat"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+                for rate in (0.001, 0.003, 0.01)}
+        flips = {rate: max(row["code_flips"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+                 for rate in best}
+        assert flips[0.001] < 0.0001 and 0.001 < flips[0.003] < flips[0.01]
+        assert best[0.003] > best[0.001] - 0.0005 and best[0.01] > best[0.001] + 0.01
 
 
 def test_control_drifts(arms):
