@@ -15,6 +15,7 @@ the same outputs, but have forgotten which codes were about to flip.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -32,10 +33,11 @@ FP16_NORMAL = 2.0**-14, 65504.0  # the range that fp16 covers with all of its 11
 def forms_of(model: nn.Module) -> dict[str, Form]:
     """Form of every quantized layer of `model`, by name: of those in training and of packed ones."""
     owners: dict[int, str] = {}
+    names = {id(module): name for name, module in model.named_modules()}
     forms = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
-            forms[name] = layer.form
+        if isinstance(layer, PackedLinear):  # in a part of a packed model its owner has another name than there
+            forms[name] = replace(layer.form, owner=names[id(layer.owner[0])] if layer.owner else "")
         elif isinstance(layer, QuantLinear):
             owner = owners.setdefault(id(layer.table), name) if isinstance(layer, TableLinear) else ""
             forms[name] = _form(layer, owner)
@@ -50,7 +52,7 @@ def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
     layers = {}
     for name, form in forms_of(model).items():
         layer = model.get_submodule(name)
-        layers[name] = layer if isinstance(layer, PackedLinear) else _pack(layer, form, name)
+        layers[name] = _renamed(layer, form) if isinstance(layer, PackedLinear) else _pack(layer, form, name)
     share_tables(layers)
     return layers
 
@@ -112,6 +114,14 @@ def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
             raise ValueError(f"{key} of layer {name!r} reaches {worst:.3g}, but a packed file holds numbers "
                              f"up to {FP16_NORMAL[1]:.0f}. Did training diverge? Train at a lower rate.")
     return halves, exponent
+
+
+def _renamed(layer: PackedLinear, form: Form) -> PackedLinear:
+    if layer.form == form:
+        return layer
+    twin = copy.copy(layer)
+    twin.form = form
+    return twin
 
 
 @torch.no_grad()

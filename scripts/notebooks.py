@@ -33,7 +33,8 @@ def run(path: Path) -> float:
 
     book = nbformat.read(path, as_version=4)
     clock = time.perf_counter()
-    NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    where = {"metadata": {"path": path.parent}}
+    NotebookClient(book, timeout=600, kernel_name="python3", coalesce_streams=True, resources=where).execute()
     seconds = time.perf_counter() - clock
     for place, cell in enumerate(book.cells):
         cell.id = f"c{place:02d}"

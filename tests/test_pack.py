@@ -547,6 +547,15 @@ def test_a_model_of_another_class_comes_back_as_that_class(planes, tmp_path):
     assert type(again) is type(model) and torch.equal(again.score.weight, model.score.weight)
 
 
+def test_a_part_of_a_packed_model_with_a_shared_table_is_saved_whole(ready, tmp_path):
+    save_packed(ready("llama", "table"), tmp_path / "model")
+    packed = load_packed(tmp_path / "model")
+    bits = save_packed(packed.model, tmp_path / "part")
+    assert bits.parts["codebooks"] == bits_per_weight(packed).parts["codebooks"] > 0
+    part = load_packed(tmp_path / "part")
+    assert torch.equal(part(input_ids=TOKENS)[0], packed.model(input_ids=TOKENS)[0])
+
+
 def test_a_packed_model_asks_for_no_gradient_until_it_is_to_be_trained(saved):
     assert not any(p.requires_grad for p in load_packed(saved).parameters())
     assert all(p.requires_grad for p in load_packed(saved, trainable=True).parameters())
