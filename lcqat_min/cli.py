@@ -103,6 +103,7 @@ def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     generate.add_argument("--prompt", default="Return the", help="(default: %(default)r)")
     generate.add_argument("--tokens", type=positive, default=40, help="new tokens (default: %(default)s)")
     generate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    generate.add_argument("--compile", action="store_true", help="packed, on a CPU: by torch.compile; slow to start")
     generate.set_defaults(run=do.run_generate)
 
     bits = verbs.add_parser("bits", help="what a model costs on file")

@@ -113,9 +113,13 @@ class Form:
 class PackedLinear(nn.Module):
     """A linear map stored as `form.tensors(name)`, for inference: nothing in it is trained.
 
+    `PackedLinear.compiled = True`, for all or for one: on CPUs, products of few rows go through torch.compile.
+
     The codes go by the name `weight`, so that a loader that expects a dense weight stops at its shape instead
     of filling in random numbers. `share_tables` completes layers with tables, all of a model together.
     """
+
+    compiled = False
 
     def __init__(self, form: Form, name: str = ""):
         super().__init__()
@@ -156,7 +160,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; kernels.py chooses how by the device of x."""
         return packed_linear(x, self.weight, self.codebook(), self.scale(), self.bias, self.col_scale.float(),
-                             self.signs("in"), self.signs("out"))
+                             self.signs("in"), self.signs("out"), self.compiled)
 
     def extra_repr(self) -> str:
         form = self.form

@@ -97,6 +97,9 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt greedily."""
+    from .packed import PackedLinear
+
+    PackedLinear.compiled = args.compile
     model, tokenizer = _any(args.folder, choose_device(args.device)), _tokenizer(args.folder)
     if not args.prompt:
         raise ValueError("the prompt is empty: give at least one word to continue")

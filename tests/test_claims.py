@@ -111,6 +111,12 @@ def test_one_switch_at_a_time():
     assert loss["dim", 8] < -2 * spread
 
 
+def test_one_row_of_packed_products_on_a_cpu():
+    rows = [row for row in read_results(ROOT / "results" / "packed_cpu.json")["rows"] if row["batch"] == 1]
+    assert min(row["ratio"] for row in rows if row["way"] == "eager") > 1
+    assert max(row["ratio"] for row in rows if row["way"] == "compiled") < 1
+
+
 def test_answers_in_the_library_example(arms):
     """The example uses seed 0 of lcqat-planes: its printed answers are that row's."""
     text = (ROOT / "README.md").read_text()
