@@ -74,7 +74,7 @@ def _why(name: str | Path, error: Exception) -> str:
         return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
     return (
         f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
-        f"cache ({_first_line(error)}). Check the name; the bundled model lies in {BUNDLED}."
+        f"cache ({_first_line(error)}). Check the name; the bundled model is models/{BUNDLED.name} of a clone."
     )
 
 
