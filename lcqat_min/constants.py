@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorator: make(*key) is called once for each key. All callers share the tensor: do not write to it."""
     kept: dict[tuple, Tensor] = {}
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .codebook import AffineCodebook, Codebook, TableCodebook
-from .constants import constant
+from .constants import made_once
 from .digits import digits_of, index_of
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
@@ -225,14 +225,14 @@ def _masks(planes: int) -> list[int]:
     return [((1 << width) - 1) << 8 - width * (j + 1) for j in range(planes)]
 
 
-@constant
+@made_once
 def _masked_bytes(planes: int, device: torch.device) -> Tensor:
     """byte & mask of every plane and byte, fp32 [planes, 256]."""
     masks = torch.tensor(_masks(planes), device=device)[:, None]
     return (torch.arange(256, device=device) & masks).float()
 
 
-@constant
+@made_once
 def _byte_digits(levels: int, device: torch.device) -> Tensor:
     """Digits of every byte, fp32 [256, 4 or 8]."""
     return digits_of(torch.arange(256, device=device), 4 if levels == 4 else 8, levels)

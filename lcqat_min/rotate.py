@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constants import constant
+from .constants import made_once
 
 MAX_BLOCK = 128
 
@@ -38,7 +38,7 @@ def block_of(width: int) -> int:
     return min(width & -width, MAX_BLOCK)
 
 
-@constant
+@made_once
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
     """Orthonormal Sylvester-Hadamard matrix [size, size], shared by all callers: do not write to it.
 

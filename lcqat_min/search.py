@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .constants import constant
+from .constants import made_once
 from .digits import digits_of
 
 Search = Callable[[Tensor, int], Tensor]
@@ -120,14 +120,14 @@ def _weighted(words: Tensor, metrics: Tensor | None) -> tuple[Tensor, Tensor]:
     return weighted, (weighted * words).sum(2, keepdim=True) / 2
 
 
-@constant
+@made_once
 def upper_half(count: int, levels: int, device: torch.device) -> Tensor:
     """Digits of the upper half of all indices, fp32 [levels^count / 2, count]; the rest: negatives."""
     size = levels**count
     return digits_of(torch.arange(size // 2, size, device=device), count, levels)
 
 
-@constant
+@made_once
 def _places(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device=device)[:, None]
 
