@@ -208,19 +208,20 @@ def round_matrix(
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
     methods = [plain_round, partial(feedback_round, factor=factor)] if feedback else [plain_round]
+    words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
     best: Rounded | None = None
     for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
         for method in methods:
             rounded = method(W.repeat(len(group), 1), group.flatten(), codebook)
             index, target = (part.unflatten(0, group.shape) for part in rounded)  # [scales, out, ...]
             for candidate in zip(index, group, target, strict=True):
-                best = _better_rows(best, _with_loss(W, factor.H, codebook, *candidate))
+                best = _better_rows(best, _with_loss(W, factor.H, codebook, words, *candidate))
     return best
 
 
-def _with_loss(W: Tensor, H: Tensor, codebook: Codebook, index: Tensor, scale: Tensor, target: Tensor) -> Rounded:
-    W_hat = codebook.codewords()[index].flatten(1) * scale[:, None]  # decode(index), by a lookup: 8 times faster
-    loss = proxy_loss(W_hat - W, H)
+def _with_loss(W: Tensor, H: Tensor, codebook: Codebook, words: Tensor, index: Tensor, scale: Tensor,
+               target: Tensor) -> Rounded:
+    loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, H)
     return Rounded(codebook, index, scale, target, loss)
 
 

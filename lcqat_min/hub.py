@@ -61,8 +61,8 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
 def _is_quantized(name: str | Path) -> bool:
     file = Path(name) / "config.json"
     try:
-        return "quantization_config" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
         return False  # no folder, or one that transformers will complain of
 
 

@@ -256,7 +256,7 @@ def _move_in(part: Path, folder: Path) -> None:
     try:
         for name in sorted(old):
             os.replace(folder / name, before / name)
-        for name in sorted(new):
+        for name in sorted(new, key=lambda name: (name == "config.json", name)):  # last: without it nothing loads
             os.replace(part / name, folder / name)
     except BaseException:
         for name in new - old:

@@ -37,7 +37,8 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
     forms = {}
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):  # in a part of a packed model its owner has another name than there
-            forms[name] = replace(layer.form, owner=names[id(layer.owner[0])] if layer.owner else "")
+            owner = names.get(id(layer.owner[0]), layer.form.owner) if layer.owner else ""
+            forms[name] = replace(layer.form, owner=owner)
         elif isinstance(layer, QuantLinear):
             owner = owners.setdefault(id(layer.table), name) if isinstance(layer, TableLinear) else ""
             forms[name] = _form(layer, owner)

@@ -99,10 +99,10 @@ def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt greedily."""
     from .packed import PackedLinear
 
-    PackedLinear.compiled = args.compile
-    model, tokenizer = _any(args.folder, choose_device(args.device)), _tokenizer(args.folder)
     if not args.prompt:
         raise ValueError("the prompt is empty: give at least one word to continue")
+    PackedLinear.compiled = args.compile
+    model, tokenizer = _any(args.folder, choose_device(args.device)), _tokenizer(args.folder)
     inputs = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).to(next(model.parameters()).device)
     with torch.no_grad():
         out = model.generate(
@@ -132,7 +132,7 @@ def _any(name: str, device: torch.device) -> nn.Module:
     """The model of a packed or an ordinary folder, or of a name on the hub."""
     from .pack import config_of
 
-    if Path(name).is_dir() and "quantization_config" in config_of(Path(name)):
+    if Path(name).is_dir() and config_of(Path(name)).get("quantization_config"):
         return _packed(Path(name), device)
     return load(name, device)[0]
 

@@ -556,6 +556,12 @@ def test_a_part_of_a_packed_model_with_a_shared_table_is_saved_whole(ready, tmp_
     assert torch.equal(part(input_ids=TOKENS)[0], packed.model(input_ids=TOKENS)[0])
 
 
+def test_one_packed_layer_whose_table_another_stores_can_be_looked_at(ready, tmp_path):
+    save_packed(ready("llama", "table"), tmp_path / "model")
+    layer = load_packed(tmp_path / "model").model.layers[0].mlp.down_proj
+    assert layer.form.owner and list(code_stats(layer)) == [""]
+
+
 def test_a_packed_model_asks_for_no_gradient_until_it_is_to_be_trained(saved):
     assert not any(p.requires_grad for p in load_packed(saved).parameters())
     assert all(p.requires_grad for p in load_packed(saved, trainable=True).parameters())
