@@ -163,20 +163,20 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
     n, d = W.shape[1], codebook.dim
     L, metrics = _feedback_of(factor, d)
     search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
-    target = (W.T / scale).contiguous()  # [n, out], units of the scale: a vector is d rows
+    target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
     error = torch.empty_like(target)  # W - W_hat
-    index: list[Tensor] = [error] * (n // d)  # a place for each vector's codes, filled from the last
+    targets, errors, index = target.split(d), error.split(d), [error] * (n // d)  # of each vector
     block = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
     for end in range(n, 0, -block):
         start = max(0, end - block)
         error[start:end] = target[start:end]
         target[start:end].addmm_(L[start:end, end:], error[end:])  # from later blocks: most of the work
         for k in range(end - d, start - 1, -d):
-            t = target[k : k + d]
+            g = k // d
             if k + d < end:
-                t.addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
-            code = index[k // d] = search(t, k // d)
-            error[k : k + d].sub_(words.index_select(1, code))
+                targets[g].addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
+            index[g] = search(targets[g], g)
+            errors[g].sub_(words.index_select(1, index[g]))
     return torch.stack(index).T, target.T
 
 
@@ -184,10 +184,10 @@ def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:
     """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk over their mean, [n/d, d, d]."""
     C, groups = factor.C, len(factor.C) // d
     blocks = C.unfold(0, d, d).unfold(1, d, d).diagonal(dim1=0, dim2=1).permute(2, 0, 1)  # [n/d, d, d]
-    by_vector = C.T.reshape(groups, d, -1)  # C_k^T, [d, n]
-    L = torch.linalg.solve_triangular(blocks.mT, by_vector, upper=True)
+    by_vector = C.float().T.reshape(groups, d, -1)  # C_k^T, [d, n]
+    L = torch.linalg.inv(blocks).mT.float() @ by_vector
     metrics = blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return L.flatten(0, 1).float(), metrics.float()
+    return L.flatten(0, 1), metrics.float()
 
 
 def round_matrix(

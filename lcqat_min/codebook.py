@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .digits import digits_of
-from .search import Search, nearest, nearest_by_halves, nearest_level, nearest_symmetric, upper_half
+from .search import Search, nearest, nearest_by_halves, nearest_level
 
 FP32 = torch.float32  # whatever the default dtype is
 EXACT_BITS = 8  # up to 256 codewords are searched one by one
@@ -82,14 +82,12 @@ class AffineCodebook:
         None: plain distance, g = 0. Exact up to 8 bits, with all that does not depend on x prepared once; above,
         a search by halves whose error is, for fitted planes, 0.2 to 2 % above the exact one.
         """
-        A, b, count = self.A, self.b[:, None], self.A.shape[1]
-        if self.dim == count == 1:
-            return nearest_level(A.item(), b.item(), self.levels)
+        if self.dim == self.A.shape[1] == 1:
+            return nearest_level(self.A.item(), self.b.item(), self.levels)
         if self.bits <= EXACT_BITS:
-            search = nearest_symmetric(upper_half(count, self.levels, A.device) @ A.T, metrics)
-        else:
-            search = nearest_by_halves(A, self.levels, metrics)
-        return lambda x, g: search(x - b, g)
+            return nearest(self.codewords(), metrics)
+        search = nearest_by_halves(self.A, self.levels, metrics)
+        return lambda x, g: search(x - self.b[:, None], g)
 
     def as_planes(self) -> AffineCodebook:
         """The same codebook, codeword by codeword and index by index, written with digits of two levels."""

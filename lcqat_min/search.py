@@ -1,18 +1,20 @@
 """Nearest codeword: encoding for codebooks whose A is not orthogonal.
 
-    index = argmin_i | M_g^T (x - w_i) |^2        w_i = A q_i; M_g: a factor of the error's weight, or none
+    index = argmin_i | M_g^T (x - w_i) |^2        w_i: a codeword; M_g: a factor of the error's weight, or none
 
-Scalar grids are rounded; everything else is a search. With G = M M^T the square is |M^T x|^2 - 2 <G w_i, x> +
-<G w_i, w_i>, so a search is one product of all codewords with all vectors, and an argmax:
+Scalar grids are rounded; everything else is a search. With G = M M^T the square is
 
-    up to 8 bits   exact. A codebook without its offset b holds -w for each w, and |x - w|^2 and |x + w|^2 differ in
-                   the sign of one term: 128 scores serve 256 codewords.
+    | M^T (x - w) |^2 = x^T G x - 2 ( <G w, x> - <G w, w> / 2 )
+
+and the first term is the same for all codewords: the nearest one has the largest score [G w, -<G w, w> / 2] . [x, 1].
+
+    up to 8 bits   exact: all scores in one matrix product, and an argmax.
     above          by halves: x = A1 q1 + A2 q2 + error. A shortlist of first halves, then the best second half
                    for each of them, exactly.
 
 Rounding with feedback searches once for each group g of d columns, with a metric of its own: so each function here
 prepares a `Search` for metrics [G, d, d] (None: plain distance), called as search(x, g) with the vectors as columns,
-x fp32 [d, N] -> index int64 [N]. Every step of it runs over N numbers that lie side by side.
+x fp32 [d, N] -> index int64 [N]. What does not depend on x is done once, memory included.
 
 Gives up: above 8 bits the result is near the best, not always the best.
 """
@@ -20,15 +22,15 @@ Gives up: above 8 bits the result is near the best, not always the best.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .constants import made_once
 from .digits import digits_of
 
 Search = Callable[[Tensor, int], Tensor]
-SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # fp32 held at a time: what a core caches; 256 MiB
+SCORES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # fp32 held at a time: what a core caches; 256 MiB
 SHORTLIST = 16  # first halves kept in a search by halves
 
 
@@ -41,31 +43,27 @@ def nearest_level(step: float, offset: float, levels: int) -> Search:
 
 def nearest(words: Tensor, metrics: Tensor | None) -> Search:
     """Exact search of any codewords [K, d]."""
-    weighted, half_norm = _weighted(words, metrics)
+    words = words.detach()  # an index has no slope
+    weighted = words.T[None] if metrics is None else metrics @ metrics.mT @ words.T  # G_g w: [G, d, K]
+    half_norms = (weighted * words.T).sum(1, keepdim=True) / 2
+    scorers = torch.cat([weighted, -half_norms], dim=1).unbind()  # [d + 1, K] for each metric
+
+    @cache
+    def room(n: int) -> tuple[Tensor, list[tuple]]:  # new memory for each search would take as long as the product
+        lifted = words.new_ones(words.shape[1] + 1, n)
+        parts = lifted.T.split(_at_once(len(words), words.device))
+        scores = words.new_empty(len(parts[0]), len(words))
+        views = scores.numpy() if scores.device.type == "cpu" else scores  # torch's argmax is not vectorised there
+        return lifted[:-1], [(part, scores[: len(part)], views[: len(part)]) for part in parts]
 
     def search(x: Tensor, g: int) -> Tensor:
-        return _in_chunks(x, len(words), lambda part: _argmax((weighted[g] @ part).sub_(half_norm[g])).long())
-
-    return search
-
-
-def nearest_symmetric(words: Tensor, metrics: Tensor | None) -> Search:
-    """Exact search of a codebook that holds -w for each w: as in `nearest`, with half of the scores.
-
-    words [K/2, d]: the upper half of the indices; the codeword of index i is minus that of index K - 1 - i.
-    """
-    half = len(words)
-    weighted, half_norm = _weighted(words, metrics)
-    columns = weighted.mT.contiguous().unbind()
-    weighted, half_norm = weighted.unbind(), half_norm.unbind()  # indexing a list is faster than indexing a tensor
-
-    def search(x: Tensor, g: int) -> Tensor:
-        def search_part(part: Tensor) -> Tensor:
-            best = _argmax((weighted[g] @ part).abs_().sub_(half_norm[g]))
-            inner = (columns[g].index_select(1, best.int()) * part).sum(0)
-            return best.add_(0.5).copysign_(inner).add_(half - 0.5).long()
-
-        return _in_chunks(x, half, search_part)
+        body, parts = room(x.shape[1])
+        body.copy_(x.detach())
+        found = []
+        for part, scores, view in parts:
+            torch.mm(part, scorers[g], out=scores)
+            found.append(torch.as_tensor(view.argmax(1)))
+        return torch.cat(found)
 
     return search
 
@@ -80,25 +78,25 @@ def nearest_by_halves(A: Tensor, levels: int, metrics: Tensor | None) -> Search:
     half = A.shape[1] // 2
     bits1, bits2 = (count * (levels.bit_length() - 1) for count in (half, A.shape[1] - half))
     digits1 = digits_of(torch.arange(1 << bits1, device=A.device), half, levels)
-    digits2 = upper_half(A.shape[1] - half, levels, A.device)
+    digits2 = digits_of(torch.arange(1 << bits2, device=A.device), A.shape[1] - half, levels)
 
     def search(x: Tensor, g: int) -> Tensor:
         M = torch.eye(len(A), device=A.device) if metrics is None else metrics[g]
         A1, A2 = (M.T @ A).split([half, A.shape[1] - half], dim=1)  # measure in the metric: move vectors and
         words1, likely, likely_norm, whiten = _shortlist(A1, A2, digits1)  # codebook alike
-        second_half = nearest_symmetric(digits2 @ A2.T, None)
+        second_half = nearest(digits2 @ A2.T, None)
 
         def search_part(part: Tensor) -> Tensor:
             moved = part.T @ M
             scores = torch.addmm(-likely_norm, moved @ whiten, likely.T)
             first = scores.topk(min(SHORTLIST, len(likely)), dim=1).indices
             rest = moved[:, None] - words1[first]  # [N, SHORTLIST, d]
-            second = second_half(rest.flatten(0, 1).T.contiguous(), 0).view(first.shape)
+            second = second_half(rest.flatten(0, 1).T, 0).view(first.shape)
             error = rest - digits_of(second, A2.shape[1], levels) @ A2.T
             best = error.square().sum(2).argmin(1, keepdim=True)
             return ((first << bits2) + second).gather(1, best).squeeze(1)
 
-        return _in_chunks(x, SHORTLIST * len(digits2), search_part)
+        return torch.cat([search_part(part) for part in x.split(_at_once(len(digits2), x.device), 1)])
 
     return search
 
@@ -114,35 +112,6 @@ def _shortlist(A1: Tensor, A2: Tensor, digits1: Tensor) -> tuple[Tensor, Tensor,
     return words1, likely, likely.square().sum(1) / 2, whiten
 
 
-def _weighted(words: Tensor, metrics: Tensor | None) -> tuple[Tensor, Tensor]:
-    """words [K, d] in each metric: G_g w, fp32 [G, K, d], and half of w^T G_g w, fp32 [G, K, 1]."""
-    weighted = words[None] if metrics is None else words @ (metrics @ metrics.mT)
-    return weighted, (weighted * words).sum(2, keepdim=True) / 2
-
-
-@made_once
-def upper_half(count: int, levels: int, device: torch.device) -> Tensor:
-    """Digits of the upper half of all indices, fp32 [levels^count / 2, count]; the rest: negatives."""
-    size = levels**count
-    return digits_of(torch.arange(size // 2, size, device=device), count, levels)
-
-
-@made_once
-def _places(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.float32, device=device)[:, None]
-
-
-def _argmax(scores: Tensor) -> Tensor:
-    """scores.argmax(0) as fp32, ties to the largest index; overwrites fp32 scores [K, N].
-
-    On CPUs torch's argmax and its boolean tensors are not vectorised; float compare, multiply and amax are: 4
-    times faster. Places are exact in fp32 up to 2^24.
-    """
-    is_best = torch.ge(scores, scores.amax(0), out=scores)
-    return is_best.mul_(_places(len(scores), scores.device)).amax(0)
-
-
-def _in_chunks(x: Tensor, words: int, search: Callable[[Tensor], Tensor]) -> Tensor:
-    """`search` over parts of x [d, N] for which `words` scores a vector fit into SCORES_AT_ONCE."""
-    vectors = max(1, SCORES_AT_ONCE.get(x.device.type, 1 << 18) // words)
-    return torch.cat([search(part) for part in x.split(vectors, 1)]) if x.shape[1] > vectors else search(x)
+def _at_once(scores: int, device: torch.device) -> int:
+    """How many vectors to search at a time, with so many scores for each."""
+    return max(1, SCORES_AT_ONCE.get(device.type, 1 << 18) // scores)

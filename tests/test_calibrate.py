@@ -278,6 +278,18 @@ def test_feedback_rounding_equals_the_slow_definition(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_be_a_view_and_stay_as_they_are(kind):
+    W, factor, book = a_case(kind, n=20)
+    scale = row_scales(W, [0.9])[0]
+    before, view = W.clone(), W.T.contiguous().T
+    for matrix in (W, view):
+        index, target = feedback_round(matrix, scale, book, factor)
+        assert torch.equal(index, feedback_round(before, scale, book, factor)[0])
+        target.zero_()
+    assert torch.equal(W, before) and torch.equal(view, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [1, 8, 10])
 def test_blocks_of_columns_change_the_speed_alone(kind, block, monkeypatch):
     W, factor, book = a_case(kind, n=140)  # more columns than one block, and not a multiple of it

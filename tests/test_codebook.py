@@ -236,9 +236,17 @@ def test_a_codeword_is_encoded_as_itself(name):
     assert torch.equal(book.encode(book.codewords()), torch.arange(1 << book.bits))
 
 
-def test_ties_go_to_the_largest_index():
+@pytest.mark.parametrize("name", some_books())
+def test_a_codebook_that_is_being_learned_can_be_searched(name):
+    book, x = some_books()[name], normal(50, some_books()[name].dim, seed=5)
+    wanted = book.encode(x)
+    (book.table if isinstance(book, TableCodebook) else book.A).requires_grad_()
+    assert torch.equal(book.encode(x.requires_grad_()), wanted)
+
+
+def test_ties_go_to_the_smallest_index():
     book = TableCodebook(torch.tensor([[0.0], [1.0], [1.0], [3.0]]))
-    assert book.encode(torch.tensor([[1.1]])).tolist() == [2]
+    assert book.encode(torch.tensor([[1.1]])).tolist() == [1]
 
 
 @pytest.mark.parametrize("with_metric", [False, True], ids=["plain", "metric"])
