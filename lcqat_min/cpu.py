@@ -83,14 +83,11 @@ def fold(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tenso
     A digit j of `levels` at shift s in its byte is c_j = (byte & mask_j) / 2^s = 0 ... levels - 1, and
     q_j = alpha c_j - beta, so  sum_j q_j x'_j = sum_j (alpha 2^-s x'_j) (byte & mask_j) - beta sum_j x'_j.
     """
-    planes = 4 if book.levels == 4 else 8
-    alpha, beta = (1.0, 1.5) if book.levels == 4 else (2.0, 1.0)
-    vectors = F.pad(x, (0, -x.shape[1] % book.dim)).unflatten(1, (-1, book.dim))
-    digits = (vectors @ book.A).flatten(1)
+    planes, beta = (4, 1.5) if book.levels == 4 else (8, 1.0)
+    vectors = _padded(x, -(-x.shape[1] // book.dim) * book.dim).unflatten(1, (-1, book.dim))
     constant = vectors.sum(1) @ (book.b - beta * book.A.sum(1))
-    digits = F.pad(digits, (0, row_bytes * planes - digits.shape[1])).view(len(x), row_bytes, planes)
-    scales = torch.tensor([alpha * 0.5 ** (8 // planes * j) for j in reversed(range(planes))], device=x.device)
-    return (digits * scales).permute(2, 0, 1).contiguous(), constant
+    digits = _padded((vectors @ book.A).flatten(1), row_bytes * planes).view(len(x), row_bytes, planes)
+    return (digits * _plane_scales(planes, x.device)).permute(2, 0, 1).contiguous(), constant
 
 
 def byte_table(book: Codebook) -> Tensor:
@@ -201,7 +198,7 @@ def _decoded(codes: Tensor, rows: int, book: Codebook, columns: int) -> Iterator
 
 
 def _by_compiled_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
-    folded, constant = _compiled(fold)(x, codes.shape[1], book)
+    folded, constant = fold(x, codes.shape[1], book)  # few and small steps: called faster than compiled
     if len(x) == 1:
         folded = folded[:, 0]  # compiled by itself, a single row takes two thirds of the time
     return _compiled(_sum_of_planes)(folded, constant, codes).view(len(x), -1)
@@ -223,6 +220,18 @@ def _compiled(function: Callable) -> Callable:
 def _masks(planes: int) -> list[int]:
     width = 8 // planes
     return [((1 << width) - 1) << 8 - width * (j + 1) for j in range(planes)]
+
+
+@made_once
+def _plane_scales(planes: int, device: torch.device) -> Tensor:
+    """alpha 2^-s of every plane, fp32 [planes]: from a masked byte to its digit, but for the offset."""
+    alpha = 1.0 if planes == 4 else 2.0
+    return torch.tensor([alpha * 0.5 ** (8 // planes * j) for j in reversed(range(planes))], device=device)
+
+
+def _padded(x: Tensor, columns: int) -> Tensor:
+    """x [M, n] with zeros up to `columns`; x itself if there is nothing to add (F.pad would copy it)."""
+    return F.pad(x, (0, columns - x.shape[1])) if columns > x.shape[1] else x
 
 
 @made_once

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .codebook import AffineCodebook, Codebook, TableCodebook, scalar
+from .constants import made_once
 from .kernels import packed_linear
 
 ROWS = 128  # rows packed at a time: the bits of a whole matrix would take 8 bytes each
@@ -60,6 +61,12 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     wide = F.pad(packed, (0, 2)).long()  # an index lies within three bytes
     three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]
     return three >> (24 - bits - offset) & ((1 << bits) - 1)
+
+
+@made_once
+def _byte_signs(device: torch.device) -> Tensor:
+    """The eight signs in every byte, fp32 [256, 8]: -1 for 0, +1 for 1."""
+    return 2.0 * unpack_bits(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 1, 8) - 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class PackedLinear(nn.Module):
         """-1 and +1, fp32 [in] or [out], for side "in" or "out"; None where it is not rotated."""
         packed = getattr(self, f"signs_{side}", None)
         width = self.form.inputs if side == "in" else self.form.outputs
-        return None if packed is None else 2.0 * unpack_bits(packed[None], 1, width)[0] - 1
+        return None if packed is None else F.embedding(packed.int(), _byte_signs(packed.device)).flatten()[:width]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; kernels.py chooses how by the device of x."""
