@@ -2,8 +2,8 @@
 
     from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
 
-The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, ptq, linear, convert, checkpoint,
-train, evaluate) needs torch and the standard library alone, and safetensors when a checkpoint is written.
+The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, linear, convert,
+checkpoint, train, evaluate) needs torch and the standard library alone, and safetensors when a checkpoint is written.
 """
 
 from .convert import quantize

@@ -7,7 +7,8 @@
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the
 output head (it shares its weight with the embeddings in most small models), experts that are fused into one
-3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too).
+3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too). A
+layer that no calibration token reaches, such as an expert that is never chosen, is rounded plainly, with a warning.
 
 Steps: second moments of the inputs of each layer, from the unquantized model; each weight rounded as ptq.py says;
 then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
@@ -15,6 +16,7 @@ then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Rounded, second_moments
+from .calibrate import Moments, second_moments
+from .feedback import Rounded
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .lloyd import fit
 from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
@@ -69,7 +72,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
         table = nn.Parameter(_shared_table(layers, plan, config), requires_grad=config.learn_codebook)
     made: dict[str, QuantLinear] = {}
     reports: list[LayerReport] = []
-    steps = (item for group in _groups(layers) for item in second_moments(model, group, batches).items())
+    steps = (item for group in _groups(layers) for item in _moments(model, group, batches))
     for name, moments in progress(_sized(steps, len(layers))):
         layer = layers[name]
         W, factor = prepare(weight_of(layer), moments.H, plan[name], config)
@@ -152,6 +155,17 @@ def _layer(old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter |
     if config.codebook == "step":
         return StepLinear(*common)
     return AffineLinear(*common, config.estimator, config.learn_codebook, config.start_on_codes)
+
+
+def _moments(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor]) -> Iterator[tuple[str, Moments]]:
+    """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
+    found = second_moments(model, layers, batches)
+    if missing := [name for name in layers if name not in found]:
+        warnings.warn(f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
+                      "text, or name them in QuantConfig.skip", RuntimeWarning, stacklevel=3)
+    for name, layer in layers.items():
+        eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)
+        yield name, found.get(name) or Moments(eye, tokens=0)
 
 
 def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:

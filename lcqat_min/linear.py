@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibrate import Rounded
 from .codebook import AffineCodebook
 from .digits import digits_of, index_of
+from .feedback import Rounded
 from .rotate import mix, unrotate
 from .rounding import round_to_levels, sign_of
 

@@ -41,7 +41,8 @@ def arithmetic() -> str:
     """torch computes: a layer is rounded to 2 bits and comes back close."""
     import torch
 
-    from .calibrate import factorize, round_matrix, row_scales
+    from .calibrate import factorize
+    from .feedback import round_matrix, row_scales
     from .ptq import normal_codebook
 
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

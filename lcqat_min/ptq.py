@@ -6,8 +6,8 @@
                        feedback at the best of a few scales a row; (A, b) refitted to the layer's outputs, and
                        codes again, as long as that lowers the proxy loss
 
-The pieces are in codebook.py (what is stored), lloyd.py (fits), rotate.py and calibrate.py (rounding). convert.py does
-this for every layer of a model.
+The pieces are in codebook.py (what is stored), lloyd.py (fits), rotate.py, calibrate.py and feedback.py (rounding).
+convert.py does this for every layer of a model.
 
 Gives up: each matrix is rounded by itself, from the second moments of the unquantized model.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import codebook as cb
-from .calibrate import SMALLEST_SCALE, Factor, Rounded, factorize, refit, round_matrix, row_scales
+from .calibrate import Factor, factorize
+from .feedback import SMALLEST_SCALE, Rounded, refit, round_matrix, row_scales
 from .lloyd import fit, mean_squared_error, table_start
 from .rotate import rotate
 from .rounding import ESTIMATORS

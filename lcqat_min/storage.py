@@ -22,8 +22,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Rounded
 from .codebook import TableCodebook, scalar
+from .feedback import Rounded
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .packed import Form, PackedLinear, pack_bits, share_tables
 

@@ -26,9 +26,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcqat_min import codebook as cb
-from lcqat_min.calibrate import factorize, feedback_round, plain_round, row_scales
+from lcqat_min.calibrate import factorize
 from lcqat_min.compare import ARMS
 from lcqat_min.convert import quantize
+from lcqat_min.feedback import feedback_round, plain_round, row_scales
 from lcqat_min.linear import AffineLinear, Rounded
 from lcqat_min.ptq import normal_codebook
 from lcqat_min.results import describe, write_json

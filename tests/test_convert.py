@@ -184,6 +184,16 @@ def test_feedback_never_loses_to_plain_rounding(tiny_llama, batches, kind):
     assert sum(f.loss for f in fed) < 0.9 * sum(p.loss for p in plain)
 
 
+def test_an_expert_that_no_token_reaches_is_rounded_plainly(odd_net, batches):
+    odd_net.spare = nn.Linear(8, 6)
+    W = odd_net.spare.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="no calibration token reached spare: rounded without error feedback"):
+        reports = quantize(odd_net, [batch % 11 for batch in batches], QuantConfig(rotate="none"))
+    assert [report.tokens for report in reports] == [128, 128, 0]
+    error = (odd_net.spare.weight - W).square().sum() / W.square().sum()
+    assert reports[2].loss == pytest.approx(error.item(), rel=1e-4) and error < 0.2
+
+
 def test_a_refit_never_raises_the_loss(tiny_llama, batches):
     config = QuantConfig(skip=PAIR)
     none, one = (quantize(tiny_llama(), batches, replace(config, refits=refits)) for refits in (0, 1))

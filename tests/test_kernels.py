@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcqat_min import cpu, kernels
-from lcqat_min.calibrate import Rounded
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, scalar
+from lcqat_min.feedback import Rounded
 from lcqat_min.linear import AffineLinear
 from lcqat_min.packed import pack_bits
 from lcqat_min.rotate import random_signs

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lcqat_min import codebook as cb
-from lcqat_min.calibrate import Rounded
 from lcqat_min.digits import digits_of, index_of
+from lcqat_min.feedback import Rounded
 from lcqat_min.linear import MARGIN, AffineLinear, QuantLinear, StepLinear, TableLinear, starting_latents
 from lcqat_min.rotate import hadamard, random_signs
 

@@ -242,8 +242,8 @@ def test_scales_of_any_size_keep_eleven_bits(values):
 
 
 def row_of_scales(scale: torch.Tensor) -> QuantLinear:
-    from lcqat_min.calibrate import Rounded
     from lcqat_min.codebook import scalar
+    from lcqat_min.feedback import Rounded
     from lcqat_min.linear import AffineLinear
 
     index = torch.zeros(len(scale), 4, dtype=torch.long)
@@ -350,8 +350,8 @@ def test_skipped_layers_count_at_their_own_width():
 
 def layer_with_latents(latent: list[float], levels: int) -> QuantLinear:
     """A row of scalars, or (two levels) of vectors d = 1, m = 2, with these latents."""
-    from lcqat_min.calibrate import Rounded
     from lcqat_min.codebook import AffineCodebook
+    from lcqat_min.feedback import Rounded
     from lcqat_min.linear import AffineLinear
 
     digits = 1 if levels == 4 else 2

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcqat_min.calibrate import Moments, Rounded, factorize
+from lcqat_min.calibrate import Moments, factorize
 from lcqat_min.codebook import TableCodebook, frame_planes
+from lcqat_min.feedback import Rounded
 from lcqat_min.linear import AffineLinear, TableLinear
 from lcqat_min.rotate import block_of, random_signs
 from lcqat_min.storage import pack_layers
