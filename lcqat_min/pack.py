@@ -14,8 +14,7 @@ Scales and codebooks are stored as fp16. `to_storage_precision(model)` gives the
 numbers, so that it, the packed file and the dense export agree. Latents are not stored: further training
 starts on the codes (storage.py).
 
-Files are written under another name and then moved in, all or none; other files of the folder are left alone. A
-save that loses power on the way leaves the old files in a folder BEFORE, and the next save moves them back first.
+A folder is replaced whole or not at all, and files in it that are not the model's are left alone (folder.py).
 """
 
 from __future__ import annotations
@@ -23,10 +22,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .bits import Bits, CodeStats, bits_per_weight, code_stats, codes_of
+from .folder import BEFORE, TITLE, WEIGHTS, write_folder
 from .packed import Form, PackedLinear
 from .storage import pack_layers, to_storage_precision, unpack_layers
 
@@ -42,10 +38,7 @@ __all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats",
 
 METHOD = "lcqat_min.hf"  # `quant_method`: also the module that teaches transformers to read the folder
 VERSION = 1
-WEIGHTS = "model.safetensors"
-BEFORE = ".before-save"
 AGAIN = "copy it again from where it was whole, or save the model again"
-TITLE = "# A model packed by lcqat-min"
 README = """
 
     import lcqat_min.hf                                   # teaches transformers to read this folder
@@ -77,7 +70,7 @@ def save_packed(model: nn.Module, folder: str | Path) -> Bits:
                           "sha256": _digest(forms, part / WEIGHTS)})
         (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
 
-    _write(model, tensors, Path(folder), complete)
+    write_folder(model, tensors, Path(folder), complete)
     return bits
 
 
@@ -117,7 +110,7 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
         weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
         is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
         tensors[f"{name}.weight"] = weight if is_linear else weight.T
-    _write(model, tensors, Path(folder), lambda part: _configure(part, None))
+    write_folder(model, tensors, Path(folder), lambda part: _configure(part, None))
 
 
 def check(file: Path, settings: dict) -> dict[str, Form]:
@@ -211,75 +204,3 @@ def _configure(part: Path, settings: dict | None) -> None:
     config.pop("quantization_config", None)
     config |= {} if settings is None else {"quantization_config": settings}
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(
-    model: nn.Module, tensors: dict[str, Tensor], folder: Path, complete: Callable[[Path], None]
-) -> None:
-    """Write a Hugging Face model inside `folder`, under another name, let `complete` finish it, and move it in."""
-    from safetensors.torch import save_file
-
-    folder = folder.resolve()
-    is_model = (folder / "config.json").is_file() or (folder / BEFORE).is_dir()
-    if folder.is_file() or folder.is_dir() and not is_model and any(folder.iterdir()):
-        raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            part = Path(name)
-            config = copy.deepcopy(model.config)
-            config.architectures, config.dtype = [type(model).__name__], model.dtype
-            config.save_pretrained(part)
-            if getattr(model, "generation_config", None) is not None:
-                model.generation_config.save_pretrained(part)
-            tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-            complete(part)
-            _move_in(part, folder)
-    finally:
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _move_in(part: Path, folder: Path) -> None:
-    """Rename the files of `part` into `folder`, all or none. What they replace lies in folder/BEFORE meanwhile."""
-    before = folder / BEFORE
-    _undo(folder)  # of a save that was interrupted
-    if (folder / "README.md").is_file() and not _is_ours(folder / "README.md"):
-        (part / "README.md").unlink(missing_ok=True)
-    new = {file.name for file in part.iterdir()}
-    old = {name for name in new | _weight_files(folder) if (folder / name).is_file()}
-    if _is_ours(folder / "README.md"):
-        old.add("README.md")
-    before.mkdir()
-    try:
-        for name in sorted(old):
-            os.replace(folder / name, before / name)
-        for name in sorted(new, key=lambda name: (name == "config.json", name)):  # last: without it nothing loads
-            os.replace(part / name, folder / name)
-    except BaseException:
-        for name in new - old:
-            (folder / name).unlink(missing_ok=True)
-        _undo(folder)
-        raise
-    shutil.rmtree(before)
-
-
-def _undo(folder: Path) -> None:
-    """Move what folder/BEFORE holds back, if it is there."""
-    before = folder / BEFORE
-    if before.is_dir():
-        for file in before.iterdir():
-            os.replace(file, folder / file.name)
-        before.rmdir()
-
-
-def _weight_files(folder: Path) -> set[str]:
-    """Names of the weights of the model in `folder`; other tensor files (adapters, checkpoints) are not ours."""
-    shards = (file.name for file in folder.glob("model-?????-of-?????.safetensors"))
-    return {WEIGHTS, f"{WEIGHTS}.index.json", *shards}
-
-
-def _is_ours(readme: Path) -> bool:
-    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
