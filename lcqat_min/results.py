@@ -61,6 +61,18 @@ def read_results(path: Path) -> dict:
         ) from error
 
 
+def rows_of(path: Path) -> list[dict]:
+    """Rows of a results file that may not be there yet; read anew each time, since another process may add some."""
+    return read_results(path)["rows"] if path.exists() else []
+
+
+def add_row(path: Path, row: dict, config: dict) -> None:
+    """Append a finished row, with a commit and a date of its own: several runs may make one file."""
+    meta = describe(config)
+    made = {key: meta[key] for key in ("commit", "date")}
+    write_json(path, {"meta": meta, "rows": [*rows_of(path), row | made]})
+
+
 def write_json(path: Path, data: dict) -> None:
     """Write JSON through a temporary file, so that the old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)

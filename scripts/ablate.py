@@ -20,7 +20,7 @@ from lcqat_min.compare import ARMS, Arm, Budget, Lab, start
 from lcqat_min.convert import quant_layers
 from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
-from lcqat_min.results import describe, read_results, write_json
+from lcqat_min.results import add_row, rows_of
 from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 
@@ -57,18 +57,10 @@ def trials() -> list[tuple[str, object, Arm, int]]:
     return [*found, ("teacher", False, replace(BASE, teacher=False), 0)]
 
 
-def rows(path: Path) -> list[dict]:
-    return read_results(path)["rows"] if path.exists() else []
-
-
-def add(path: Path, row: dict, lab: Lab) -> None:
-    write_json(path, {"meta": describe({"budget": asdict(lab.budget)}), "rows": [*rows(path), row]})
-
-
 def switches(lab: Lab) -> None:
     """Quantize, score, train, score, for each trial."""
     path, ids = RESULTS / "ablations.json", lab.text.validation[:EVAL_TOKENS]
-    done = {(row["switch"], row["value"], row["seed"]) for row in rows(path)}
+    done = {(row["switch"], row["value"], row["seed"]) for row in rows_of(path)}
     for switch, value, arm, seed in tqdm(trials(), unit="trial"):
         if (switch, value, seed) in done:
             continue
@@ -78,13 +70,14 @@ def switches(lab: Lab) -> None:
         teacher = lab.teacher if arm.teacher else None
         last = train(model, lab.batches(seed), TrainConfig(steps=lab.budget.steps, **arm.rates), teacher)[-1]
         row["kl_qat"] = kl_to(lab.teacher, model, ids, lab.budget.window)
-        add(path, row | {"tokens": last["tokens"], "code_flips": last["flips"]}, lab)
+        row |= {"tokens": last["tokens"], "code_flips": last["flips"]}
+        add_row(path, row, {"budget": asdict(lab.budget)})
 
 
 def longer(lab: Lab, seed: int = 0) -> None:
     """Train with LONGER times the tokens and score at MARKS places, and before."""
     path, ids, steps = RESULTS / "longer.json", lab.text.validation[:EVAL_TOKENS], LONGER * lab.budget.steps
-    done = {row["arm"] for row in rows(path)}
+    done = {row["arm"] for row in rows_of(path)}
     for name, (arm_name, rates) in LONGER_ARMS.items():
         if name in done:
             continue
@@ -105,7 +98,7 @@ def longer(lab: Lab, seed: int = 0) -> None:
         config = TrainConfig(steps=steps, **{**arm.rates, **rates})
         train(model, lab.batches(seed), config, lab.teacher, on_step=lambda step, loss, score=score: score(step + 1))
         for row in found:
-            add(path, row, lab)
+            add_row(path, row, {"budget": asdict(lab.budget)})
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lcqat_min.compare import ARMS, Arm, Budget, Lab, start
 from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
-from lcqat_min.results import describe, read_results, write_json
+from lcqat_min.results import add_row, rows_of
 from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 
@@ -47,14 +47,10 @@ def settings(arm: Arm) -> list[dict[str, float]]:
     ]
 
 
-def rows() -> list[dict]:
-    """Rows that are there already; read anew each time, since another process may have added some."""
-    return read_results(RESULTS)["rows"] if RESULTS.exists() else []
-
-
 def search(lab: Lab, arm: Arm) -> None:
     """All settings of one arm, from one start."""
-    todo = [s for s in settings(arm) if not any(row["arm"] == arm.name and row.items() >= s.items() for row in rows())]
+    done = [row for row in rows_of(RESULTS) if row["arm"] == arm.name]
+    todo = [setting for setting in settings(arm) if not any(row.items() >= setting.items() for row in done)]
     if not todo:
         return
     ids = lab.text.validation[:EVAL_TOKENS]
@@ -73,7 +69,7 @@ def search(lab: Lab, arm: Arm) -> None:
             "code_flips": last["flips"],
             "seconds": time.perf_counter() - clock,
         }
-        write_json(RESULTS, {"meta": describe({"budget": asdict(lab.budget)}), "rows": [*rows(), row]})
+        add_row(RESULTS, row, {"budget": asdict(lab.budget)})
 
 
 def main() -> None:

@@ -105,6 +105,17 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
     assert read_results(path)["rows"] == [1]
 
 
+def test_rows_of_several_runs_keep_where_they_come_from(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    assert results.rows_of(path) == []
+    for kl, commit in ((0.2, "first"), (0.1, "second")):
+        monkeypatch.setattr(results, "_commit", lambda commit=commit: commit)
+        results.add_row(path, {"kl": kl}, {"tokens": 8})
+    data = results.read_results(path)
+    assert [(row["kl"], row["commit"]) for row in data["rows"]] == [(0.2, "first"), (0.1, "second")]
+    assert data["meta"]["config"] == {"tokens": 8} and all(row["date"] for row in data["rows"])
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])
 def test_damaged_results_are_named(tmp_path, text):
     path = tmp_path / "compare.json"
