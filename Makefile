@@ -61,7 +61,7 @@ lint: $(READY)  ## check the style
 	$(PY) -m ruff check .
 
 lab: $(READY)  ## open the notebooks
-	$(PY) -m jupyter lab notebooks
+	LCQAT_QUIET=1 $(PY) -m jupyter lab notebooks
 
 clean:  ## delete caches and build leftovers; .venv, runs/ and results/ stay
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -6,10 +6,17 @@ The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrat
 checkpoint, train, evaluate) needs torch and the standard library alone, and safetensors when a checkpoint is written.
 """
 
-from .convert import quantize
-from .evaluate import kl_to, perplexity
-from .ptq import QuantConfig
-from .train import TrainConfig, train
+import importlib.util
+import sys
+
+if importlib.util.find_spec("torch") is None:  # with `name`, `python -m lcqat_min` says this in one line
+    raise ModuleNotFoundError(f"lcqat_min needs torch, which {sys.executable} does not have. Set up .venv as README.md "
+                              "says and use the Python in there.", name=__name__)
+
+from .convert import quantize  # noqa: E402
+from .evaluate import kl_to, perplexity  # noqa: E402
+from .ptq import QuantConfig  # noqa: E402
+from .train import TrainConfig, train  # noqa: E402
 
 __all__ = ["QuantConfig", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
 __version__ = "0.1.0"

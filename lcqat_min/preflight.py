@@ -1,4 +1,6 @@
-"""`python -m lcqat_min check`: will everything run on this machine? Under a minute, offline, with a remedy a line.
+"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy a line.
+
+Seconds, but for the first time: then it builds the text, which takes a minute or two and spares notebooks the wait.
 
 Each check is a function that returns what it found or raises `Problem` with the remedy. A problem does not stop the
 checks after it, so one run shows all there is to mend. Needed checks decide the exit code (0: all well, 1: not);
@@ -32,7 +34,8 @@ def packages() -> str:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(
-            f"{', '.join(missing)} cannot be imported. Run `make setup`, then `.venv/bin/python -m lcqat_min check`."
+            f"{', '.join(missing)} cannot be imported by {sys.executable}. Set up .venv as README.md says (`make setup`), "
+            "and use the Python in there."
         )
     return ", ".join(f"{name} {version(name)}" for name in names[:3])
 
@@ -81,6 +84,7 @@ def text() -> str:
     from .hub import BUNDLED
     from .text import load_text
 
+    print("building or reading the text ...", file=sys.stderr, flush=True)
     try:
         splits = load_text("docstrings", AutoTokenizer.from_pretrained(str(BUNDLED)))
     except (ValueError, OSError) as error:
@@ -115,7 +119,7 @@ def notebooks() -> str:
         raise Problem(
             f"{' and '.join(missing)} cannot be imported. Run `make setup`, or pip install -e '.[notebooks]'."
         )
-    return f"jupyterlab {version('jupyterlab')}: start with `make lab`"
+    return f"jupyterlab {version('jupyterlab')}: start with `make lab`, or `{sys.executable} -m jupyter lab notebooks`"
 
 
 def triton() -> str:

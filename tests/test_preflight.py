@@ -3,6 +3,10 @@
 pytest tests/test_preflight.py
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lcqat_min import cli, hub, preflight
@@ -40,8 +44,16 @@ def test_a_problem_names_its_remedy_and_the_rest_goes_on(quick, capsys, monkeypa
 def test_what_is_missing_is_named(monkeypatch):
     find = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name))
-    with pytest.raises(preflight.Problem, match="datasets cannot be imported. Run `make setup`"):
+    with pytest.raises(preflight.Problem, match="datasets cannot be imported by .*Set up .venv"):
         preflight.packages()
+
+
+def test_a_python_without_torch_is_told_so_in_one_line():
+    root = Path(preflight.__file__).resolve().parents[1]
+    command = [sys.executable, "-S", "-m", "lcqat_min", "check"]  # -S: none of the installed packages
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert found.returncode != 0 and len(found.stderr.splitlines()) == 1
+    assert "lcqat_min needs torch" in found.stderr and "README.md" in found.stderr
 
 
 def test_a_lost_model_is_named(monkeypatch, tmp_path):
