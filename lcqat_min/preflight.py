@@ -34,8 +34,8 @@ def packages() -> str:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(
-            f"{', '.join(missing)} cannot be imported by {sys.executable}. Set up .venv as README.md says (`make setup`), "
-            "and use the Python in there."
+            f"{', '.join(missing)} cannot be imported by {sys.executable}. Set up .venv as README.md says "
+            "(`make setup`), and use the Python in there."
         )
     return ", ".join(f"{name} {version(name)}" for name in names[:3])
 

@@ -51,15 +51,16 @@ def steps_to_flip(answer):
 
 @exercise
 def which_is_better(answer):
-    """Apart either way, overlapping, touching, one inside the other, too few seeds."""
+    """Far apart either way, apart by less than a width, overlapping, one inside the other, too few seeds."""
     cases = (
-        ([0.12, 0.13], [0.15, 0.14], "first"),
-        ([0.5, 0.4, 0.6], [0.1, 0.3, 0.2], "second"),
-        ([0.10, 0.16], [0.15, 0.30], "no claim"),
-        ([0.15, 0.30], [0.10, 0.16], "no claim"),
-        ([0.10, 0.20], [0.20, 0.30], "no claim"),
-        ([0.10, 0.40], [0.20, 0.30], "no claim"),
-        ([0.10], [0.20, 0.30], "no claim"),
+        ([0.12, 0.13, 0.12], [0.15, 0.17, 0.16], "no claim"),
+        ([0.12, 0.13, 0.12], [0.18, 0.17, 0.17], "first"),
+        ([0.5, 0.4, 0.6], [0.1, 0.15, 0.12], "second"),
+        ([0.5, 0.4, 0.6], [0.1, 0.3, 0.2], "no claim"),
+        ([0.10, 0.16, 0.12], [0.15, 0.30, 0.20], "no claim"),
+        ([0.15, 0.30, 0.20], [0.10, 0.16, 0.12], "no claim"),
+        ([0.10, 0.40, 0.20], [0.20, 0.30, 0.25], "no claim"),
+        ([0.10, 0.11], [0.20, 0.21, 0.22], "no claim"),
     )
     for first, second, wanted in cases:
         got = answer(list(first), list(second))

@@ -52,6 +52,14 @@ def dense_weight(answer: Callable) -> None:
         @ (out[:, None] * rows[:, None] * decoded * inside)
         @ H_in
         * columns,
+        "On the output side, mix first and multiply by the signs then.": H_out
+        @ (out[:, None] * rows[:, None] * decoded)
+        @ H_in
+        * inside
+        * columns,
+        "On the input side, mix first and multiply by the signs then.": out[:, None]
+        * (H_out @ (rows[:, None] * decoded * inside) @ H_in)
+        * columns,
     }
     for why, value in mistakes.items():
         if torch.allclose(got, value, atol=1e-5):

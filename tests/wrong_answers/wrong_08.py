@@ -50,24 +50,36 @@ def compares_means(first, second):
     return "first" if a < b else "second" if b < a else "no claim"
 
 
-def trusts_one_seed(first, second):
-    return "first" if max(first) < min(second) else "second" if max(second) < min(first) else "no claim"
-
-
-def claims_when_touching(first, second):
-    if min(len(first), len(second)) < 2:
+def _judge(first, second, least, width, sign=1):
+    if min(len(first), len(second)) < least:
         return "no claim"
-    return "first" if max(first) <= min(second) else "second" if max(second) <= min(first) else "no claim"
+    first, second = [sign * x for x in first], [sign * x for x in second]
+    need = width(max(first) - min(first), max(second) - min(second))
+    if min(second) - max(first) > need:
+        return "first"
+    return "second" if min(first) - max(second) > need else "no claim"
+
+
+def trusts_two_seeds(first, second):
+    return _judge(first, second, 2, max)
+
+
+def ranges_apart_are_enough(first, second):
+    return _judge(first, second, 3, lambda a, b: 0.0)
+
+
+def takes_the_narrower_range(first, second):
+    return _judge(first, second, 3, min)
 
 
 def larger_is_better(first, second):
-    if min(len(first), len(second)) < 2:
-        return "no claim"
-    return "first" if min(first) > max(second) else "second" if min(second) > max(first) else "no claim"
+    return _judge(first, second, 3, max, sign=-1)
 
 
 WRONG = {
     "distance_to_teacher": [the_other_way_round, averages_the_vocabulary, sums_the_tokens, overflows],
     "steps_to_flip": [ignores_the_schedule, stops_inside_a_long_run, doubles_the_run],
-    "which_is_better": [compares_means, trusts_one_seed, claims_when_touching, larger_is_better],
+    "which_is_better": [
+        compares_means, trusts_two_seeds, ranges_apart_are_enough, takes_the_narrower_range, larger_is_better,
+    ],
 }

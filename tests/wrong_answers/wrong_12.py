@@ -38,6 +38,16 @@ def signs_before_mixing(decoded, row_scale, signs_out, signs_in, col_scale):
     return mix(W * signs_in) * col_scale
 
 
+def output_signs_before_mixing(decoded, row_scale, signs_out, signs_in, col_scale):
+    W = mix((decoded * row_scale[:, None]).T * signs_out).T
+    return mix(W) * signs_in * col_scale
+
+
+def input_signs_before_mixing(decoded, row_scale, signs_out, signs_in, col_scale):
+    W = (mix((decoded * row_scale[:, None]).T) * signs_out).T
+    return mix(W * signs_in) * col_scale
+
+
 def left_transposed(decoded, row_scale, signs_out, signs_in, col_scale):
     return mix((decoded * row_scale[:, None]).T) * signs_out
 
@@ -94,6 +104,8 @@ WRONG = {
         no_signs_of_the_outputs,
         row_scale_outside,
         signs_before_mixing,
+        output_signs_before_mixing,
+        input_signs_before_mixing,
         left_transposed,
         no_column_scale,
     ],
