@@ -92,11 +92,12 @@ def second_moments(
 def factorize(H: Tensor, damping: float = 0.01) -> Factor:
     """Damp H [n, n] and factor it, raising the damping tenfold as often as needed.
 
-    Raises ValueError for NaN or infinity in H.
+    Raises ValueError for NaN, infinity or numbers beyond fp32 in H.
     """
     H = H.double()
-    if not torch.isfinite(H).all():
-        raise ValueError("second moments hold NaN or infinity: check the calibration text and the weights")
+    if not torch.isfinite(H.float()).all():
+        raise ValueError("second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and "
+                         "the weights")
     dead = H.diagonal() <= 0
     mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
     while True:

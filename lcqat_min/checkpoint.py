@@ -40,8 +40,9 @@ class Run:
         self.config, self.settings = config, json.dumps(asdict(config) | {"loss": loss})
         self.groups = list(optimizer.param_groups)
         self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
-        self.fixed = {f"{name}.{key}": buffer for name, layer in quant_layers(model)
-                      for key, buffer in layer.named_buffers()}
+        self.fixed = {f"{name}.{key}": tensor.detach() for name, layer in quant_layers(model)
+                      for key, tensor in (*layer.named_buffers(), *layer.named_parameters())
+                      if not tensor.requires_grad}  # signs, frozen codebooks
         self.start_codes = self._codes()
         self.device = next(model.parameters()).device
 
@@ -67,7 +68,7 @@ class Run:
 
         return {f"grad_{kind}": norm for kind, norm in self._by_kind(square, mean=False)}
 
-    def row(self, step: int, tokens_a_step: int, losses: list[float], grads: dict[str, float]) -> dict:
+    def row(self, step: int, tokens: int, losses: list[float], grads: dict[str, float]) -> dict:
         """A row of the history after `step` (from 0), as train.train describes it: losses in nats a token since the
         last row, flips as a share of all codes, moved_<kind> as a root mean square since the start."""
 
@@ -78,12 +79,12 @@ class Run:
         codes = self._codes()
         count = sum(c.numel() for c in codes.values())
         flips = sum((codes[name] != start).sum().item() for name, start in self.start_codes.items())
-        return {"step": step + 1, "tokens": (step + 1) * tokens_a_step, "loss": sum(losses) / len(losses),
+        return {"step": step + 1, "tokens": tokens, "loss": sum(losses) / len(losses),
                 "rate": self.config.rate(step), "flips": flips / max(count, 1), **grads,
                 **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)}}
 
-    def save(self, path: Path, step: int, history: list[dict], losses: list[float]) -> None:
-        """Write all that `load` gives back: `step` steps done, losses since the last row of the history."""
+    def save(self, path: Path, step: int, tokens: int, history: list[dict], losses: list[float]) -> None:
+        """Write all that `load` gives back: steps done, tokens seen, losses since the last row of the history."""
         from safetensors.torch import save_file
 
         tensors = {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
@@ -92,15 +93,15 @@ class Run:
             state = self.optimizer.state[parameter]
             tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
                         **{f"adam.{key}.{name}": value for key, value in state.items()}}
-        meta = {"step": step, "history": history, "losses": losses}
+        meta = {"step": step, "tokens": tokens, "history": history, "losses": losses}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
                   metadata={"settings": self.settings, **{key: json.dumps(value) for key, value in meta.items()}})
         os.replace(temporary, path)
 
-    def load(self, path: Path) -> tuple[int, list[dict], list[float]]:
-        """Restore parameters and optimizer; returns steps done, history, losses since its last row.
+    def load(self, path: Path) -> tuple[int, int, list[dict], list[float]]:
+        """Restore parameters and optimizer; returns steps done, tokens seen, history, losses since its last row.
 
         Nothing is touched before the whole file has been read and found to belong to this run.
         """
@@ -127,12 +128,12 @@ class Run:
                          if f"adam.{key}.{name}" in tensors}
                 self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
                                                    for key, value in state.items()}
-        return json.loads(meta["step"]), json.loads(meta["history"]), json.loads(meta["losses"])
+        return tuple(json.loads(meta[key]) for key in ("step", "tokens", "history", "losses"))
 
     def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
         saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
         ours = {group["name"]: group["params"][0].shape for group in self.groups}
-        if meta.get("settings") != self.settings or saved != ours:
+        if meta.get("settings") != self.settings or "tokens" not in meta or saved != ours:
             raise ValueError(f"{path} is the checkpoint of another run (other config, loss or model): delete it to "
                              "start afresh, or run with the settings it was made with")
         begun = {f"start.{name}": start for name, start in self.start.items()}

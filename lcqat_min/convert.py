@@ -60,11 +60,18 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
     layers = dict(linear_layers(model, config.skip))
     if not layers:
         raise ValueError(f"no linear layer to quantize: found none outside skip = {config.skip}"
-                         + ("; this model is quantized already" if any(quant_layers(model)) else ""))
+                         + ("; this model is quantized already" if _is_quantized(model) else ""))
     for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
-    batches = _checked(batches)
+    with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
+        return _quantize(model, layers, _checked(batches), config, progress)
+
+
+def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor], config: QuantConfig,
+              progress: Callable[[Iterable], Iterable]) -> list[LayerReport]:
     generator = torch.Generator().manual_seed(config.seed)
     plan = {name: _signs(layer, config.rotate, generator) for name, layer in layers.items()}
     table = None
@@ -95,8 +102,11 @@ def linear_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tupl
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
         is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        # Subclasses that compute something else (routers, adapters) stay; Falcon's is a linear map, written out.
+        is_linear = isinstance(module, nn.Linear) and (
+            type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
         skipped = module is head or any(part in name for part in skip)
-        if (isinstance(module, nn.Linear) or is_conv1d) and not skipped and uses[id(module.weight)] == 1:
+        if (is_linear or is_conv1d) and not skipped and uses[id(module.weight)] == 1:
             yield name, module
 
 
@@ -115,6 +125,10 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     """[out, in] of a weight."""
     shape = tuple(layer.weight.shape)
     return shape if isinstance(layer, nn.Linear) else shape[::-1]
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantLinear) or type(module).__name__ == "PackedLinear" for module in model.modules())
 
 
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:

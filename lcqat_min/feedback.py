@@ -78,8 +78,9 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
     search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
     target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
     error = torch.empty_like(target)  # W - W_hat
-    targets, errors, index = target.split(d), error.split(d), [error] * (n // d)  # of each vector
-    block = FEEDBACK_BLOCK - FEEDBACK_BLOCK % d or d
+    targets, errors = target.split(d), error.split(d)  # of each vector
+    index = torch.empty(n // d, len(W), dtype=torch.long, device=W.device)
+    block = max(1, FEEDBACK_BLOCK // d) * d
     for end in range(n, 0, -block):
         start = max(0, end - block)
         error[start:end] = target[start:end]
@@ -88,9 +89,9 @@ def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor)
             g = k // d
             if k + d < end:
                 targets[g].addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
-            index[g] = search(targets[g], g)
-            errors[g].sub_(words.index_select(1, index[g]))
-    return torch.stack(index).T, target.T
+            index[g] = found = search(targets[g], g)
+            errors[g].sub_(words.index_select(1, found))
+    return index.T, target.T
 
 
 def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ about 3 instructions a weight.
 `scripts/check_kernels.py` counts instructions without a GPU; `scripts/bench_kernels.py` measures on one. The
 kernels are plain functions here; `_jit` imports triton at the first launch, so this module needs neither triton
 nor a driver. Arithmetic is fp32 or integer, never bf16, which Triton's interpreter computes wrongly. Offsets of
-rows are int64. Only d = 8 and fp32 weights have no kernel to decode them; torch does it.
+rows are int64. fp32 weights, and vectors that do not fill a byte evenly (d = 3 and d > 4),
+have no kernel to decode them; torch does it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def packed_linear(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, b
     x [..., in] floating; codes uint8 [out, bytes] as in packed.py; row_scale [out], the rest [in] or [out], fp32.
     Returns [..., out] in the dtype of x. Scales and rotations are computed in fp32. Where x asks for a gradient,
     it gets one (nothing else does), at the price of a dense weight for that call. compiled: on CPUs, few rows
-    go through torch.compile. ValueError where shapes or devices disagree.
+    go through torch.compile. ValueError where shapes or devices disagree, TypeError where x holds integers.
     """
     _check(x, codes, book, row_scale)
     with torch.autocast(x.device.type, enabled=False):
@@ -238,6 +239,9 @@ def _jit(kernel):
 
 
 def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"packed_linear: x is {x.dtype}. The model casts the inputs of this layer to weight.dtype, but "
+                        "the weight of a packed layer are its codes: name it in QuantConfig.skip and quantize again.")
     row_bytes = -(-(-(-x.shape[-1] // book.dim) * book.bits) // 8)
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
         raise ValueError(

@@ -17,7 +17,8 @@ codes has a scale of its own from the start. What is learned, by kind of layer:
 
 All of rotation and scales acts on the weight, not on the activations: with many tokens a step that costs less
 time and keeps less memory (scripts/bench_cpu.py measures a step). Inputs that do not fill a last vector are
-padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also under autocast.
+padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also under autocast; leave
+torch.set_float32_matmul_precision at its default, since "high" and "medium" round the weight as well.
 
 Gives up: each forward writes the dense weight. For inference from packed codes that is not needed.
 """
@@ -147,7 +148,7 @@ class TableLinear(QuantLinear):
         self.register_buffer("index", rounded.index.to(torch.int32))
 
     def decoded(self) -> Tensor:
-        return F.embedding(self.index, self.table).flatten(1)
+        return F.embedding(self.index, self.table.to(self.index.device)).flatten(1)
 
     @torch.no_grad()
     def codes(self) -> Tensor:

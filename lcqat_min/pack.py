@@ -101,7 +101,8 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
 def export_dense(model: nn.Module, folder: str | Path) -> None:
     """Write `model` as an ordinary checkpoint of its architecture, in the dtype of its embeddings.
 
-    It is as large as before quantization, and gives the logits of the packed file. Errors as in save_packed.
+    It is as large as before quantization. It gives the logits of the packed file where that dtype is fp32; a narrower
+    one rounds the weights once more. Errors as in save_packed.
     """
     model, tensors, layers = _parts(model)
     with torch.device("meta"):
@@ -168,10 +169,14 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
     if not layers:
         raise ValueError("the model has no quantized layer: call quantize first, or save it as it is by "
                          "model.save_pretrained")
-    rest = {}
-    for key, value in model.state_dict().items():
+    rest, state = {}, model.state_dict()
+    for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
-        if key not in model.all_tied_weights_keys and (parent not in layers or leaf == "bias"):
+        partner = state.get(model.all_tied_weights_keys.get(key))
+        if partner is not None and partner.data_ptr() != value.data_ptr():
+            raise ValueError(f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
+                             "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again")
+        if partner is None and (parent not in layers or leaf == "bias"):
             rest[key] = value
     return model, rest, layers
 

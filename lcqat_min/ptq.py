@@ -118,14 +118,14 @@ def prepare(W: Tensor, H: Tensor, signs: tuple, config: QuantConfig) -> tuple[Te
         H = rotate(rotate(H, signs[0].double()).T, signs[0].double())
     n = len(H)
     H = pad(pad(H, config.vector).T, config.vector)
-    H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error must not count
+    H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error hardly counts
     return pad(rotated(W, signs), config.vector), factorize(H, config.damping)
 
 
 def round_layer(W: Tensor, factor: Factor, table: nn.Parameter | None, config: QuantConfig) -> Rounded:
     """Round at the best of a few scales a row, then again near them; affine codebooks are refitted in between."""
     if table is not None:
-        book = cb.TableCodebook(table.detach())
+        book = cb.TableCodebook(table.detach().to(W.device))
     else:
         book = normal_codebook(config.codebook, config.dim, config.seed).to(W.device)
     if config.scale == "max":

@@ -14,13 +14,14 @@ and the first term is the same for all codewords: the nearest one has the larges
 
 Rounding with feedback searches once for each group g of d columns, with a metric of its own: so each function here
 prepares a `Search` for metrics [G, d, d] (None: plain distance), called as search(x, g) with the vectors as columns,
-x fp32 [d, N] -> index int64 [N]. What does not depend on x is done once, memory included.
+x fp32 [d, N] -> index int64 [N]. In the exact search, what does not depend on x is done once, memory included.
 
 Gives up: above 8 bits the result is near the best, not always the best.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -31,6 +32,7 @@ from .digits import digits_of
 
 Search = Callable[[Tensor, int], Tensor]
 SCORES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # fp32 held at a time: what a core caches; 256 MiB
+NUMPY = importlib.util.find_spec("numpy") is not None  # its argmax is vectorised; torch's on CPUs is not
 SHORTLIST = 16  # first halves kept in a search by halves
 
 
@@ -53,7 +55,7 @@ def nearest(words: Tensor, metrics: Tensor | None) -> Search:
         lifted = words.new_ones(words.shape[1] + 1, n)
         parts = lifted.T.split(_at_once(len(words), words.device))
         scores = words.new_empty(len(parts[0]), len(words))
-        views = scores.numpy() if scores.device.type == "cpu" else scores  # torch's argmax is not vectorised there
+        views = scores.numpy() if NUMPY and scores.device.type == "cpu" else scores
         return lifted[:-1], [(part, scores[: len(part)], views[: len(part)]) for part in parts]
 
     def search(x: Tensor, g: int) -> Tensor:

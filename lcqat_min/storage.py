@@ -109,6 +109,7 @@ def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
                if isinstance(value := getattr(layer, key, None), Tensor)}
     numbers["row_scale"] = numbers["row_scale"] * 2.0**-exponent
     halves = {key: value.half() for key, value in numbers.items()}
+    halves["row_scale"][halves["row_scale"] == 0] = 2.0**-24  # of a row of zeros; a learned step divides by it
     for key, value in halves.items():
         if not torch.isfinite(value).all():
             worst = numbers[key].abs().max().item()

@@ -108,12 +108,16 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     if teacher is model:
         raise ValueError("the teacher is the model itself: copy.deepcopy(model) before quantize(model)")
     accelerator = _OneProcess() if accelerator is None else accelerator
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
+                         "takes one: give larger batches, or more processes")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
     # After prepare, which may move the parameters to another device.
     run = Run(model, optimizer, config, "next token" if teacher is None else "KL")
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    done, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, [], [])
+    done, tokens, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, 0, [], [])
+    _agree(done)
     optimizer.zero_grad()  # an interrupted run may have left gradients
     with keep_modes(model):
         model.train()
@@ -130,24 +134,36 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             stepper.step()
             stepper.zero_grad()
             losses.append(loss.item())
+            tokens += batch.numel() * accelerator.num_processes
             if grads is not None:
-                history.append(run.row(step, batch.numel() * accelerator.num_processes, losses, grads))
+                history.append(run.row(step, tokens, losses, grads))
                 losses = []
             if on_step:
                 on_step(step, loss.item())
             done = step + 1
             due = done % config.checkpoint_every == 0 or done == config.steps
             if checkpoint and due and accelerator.is_main_process:
-                run.save(checkpoint, done, history, losses)
+                run.save(checkpoint, done, tokens, history, losses)
     if done < config.steps:
         raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
     return history
 
 
+def _agree(done: int) -> None:
+    """All processes resume at the same step, or none does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, done)
+    if len(set(found)) > 1:
+        raise ValueError(f"the processes resume after {found} steps: keep the checkpoint where all of them can "
+                         "read it, or delete it to start afresh")
+
+
 class _OneProcess:
     """What `train` asks of an accelerator, for one process and the model's own precision."""
 
-    is_main_process, num_processes, scaler = True, 1, None
+    is_main_process, num_processes, scaler, gradient_accumulation_steps = True, 1, None, 1
 
     def prepare(self, *objects: object) -> tuple:
         return objects
@@ -163,7 +179,7 @@ class _OneProcess:
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """AdamW groups, one a tensor (a tensor's rate follows its own unit): params, name, kind, lr, full_lr.
 
-    Raises TypeError for a parameter that requires a gradient in bf16 or fp16.
+    Raises TypeError for a parameter that requires a gradient in bf16 or fp16, ValueError where none does.
     """
     kinds: dict[int, tuple[str, float]] = {}
     for _, layer in quant_layers(model):
@@ -183,6 +199,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
                                 "model.float() (for speed: torch.autocast), or requires_grad_(False) on it")
             kind, rate = kinds.get(id(parameter), ("rest", config.lr_rest))
             groups.append({"params": [parameter], "name": name, "kind": kind, "lr": rate, "full_lr": rate})
+    if not groups:
+        raise ValueError("no parameter requires a gradient: call model.requires_grad_(True), or requires_grad_ on the "
+                         "parameters to train")
     return groups
 
 

@@ -62,9 +62,7 @@ def run_train(args: argparse.Namespace) -> None:
     _new(args.out)
     device = choose_device(args.device)
     tokenizer = _tokenizer(args.folder)
-    student = _packed(args.folder, device, trainable=True)
-    for parameter in student.parameters():  # transformers refuses .float() of what was loaded quantized
-        parameter.data = parameter.data.float()
+    student = _packed(args.folder, device, trainable=True).float()
     teacher, _ = load(args.teacher or BUNDLED, device)
     text = load_text(args.text, tokenizer)
     config = TrainConfig(steps=max(1, args.tokens // (WINDOW * BATCH)))

@@ -520,7 +520,7 @@ def test_accelerate_in_one_process_gives_the_plain_result(pair, tmp_path):
 class LossScaler:
     """An accelerator as for fp16: the second of two processes, with losses scaled up for backward."""
 
-    is_main_process, num_processes, scaler = False, 2, object()
+    is_main_process, num_processes, scaler, gradient_accumulation_steps = False, 2, object(), 1
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         self.model, self.param_groups, self.optimizer = model, optimizer.param_groups, optimizer
