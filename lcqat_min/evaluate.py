@@ -234,7 +234,8 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _progress(batches: list) -> Iterable:
+    if os.environ.get("LCQAT_QUIET") == "1":
+        return batches
     from tqdm import tqdm
 
-    quiet = os.environ.get("LCQAT_QUIET") == "1"
-    return tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=quiet)
+    return tqdm(batches, desc="evaluate", unit="batch", leave=False)

@@ -131,6 +131,14 @@ def test_layers_that_no_token_reaches_are_left_out():
     torch.testing.assert_close(moments["odd"].H, X.T @ X / 14)
 
 
+def test_calibration_runs_in_evaluation_mode():
+    model = nn.Sequential()
+    model.embedding, model.drop, model.linear = nn.Embedding(9, 4), nn.Dropout(0.5), nn.Linear(4, 4)
+    model.forward = lambda input_ids, use_cache: model.linear(model.drop(model.embedding(input_ids)))
+    first, again = (second_moments(model, {"linear": model.linear}, [torch.arange(9)[None]]) for _ in range(2))
+    assert torch.equal(first["linear"].H, again["linear"].H) and model.drop.training
+
+
 def test_second_moments_that_are_not_finite_name_the_layer(tiny_llama):
     model = tiny_llama()
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
@@ -204,3 +212,8 @@ def test_factorize_refuses_what_is_not_finite(bad):
     H[1, 0] = bad
     with pytest.raises(ValueError, match="second moments hold NaN or infinity, or numbers beyond fp32"):
         factorize(H)
+
+
+def test_factorize_refuses_what_fp32_cannot_hold():
+    with pytest.raises(ValueError, match="numbers beyond fp32"):
+        factorize(1e200 * torch.eye(3, dtype=torch.float64))

@@ -194,6 +194,62 @@ def test_an_expert_that_no_token_reaches_is_rounded_plainly(odd_net, batches):
     assert reports[2].loss == pytest.approx(error.item(), rel=1e-4) and error < 0.2
 
 
+def test_the_damping_asked_for_is_the_damping_used(tiny_llama, batches):
+    for damping in (0.05, 0.3):
+        reports = quantize(tiny_llama(), batches, QuantConfig(damping=damping, skip=PAIR))
+        assert {report.damping for report in reports} == {damping}
+
+
+def test_the_scale_of_a_row_maximum(tiny_llama, batches):
+    model = tiny_llama()
+    weights = {name: layer.weight.detach().clone() for name, layer in linear_layers(model, PAIR)}
+    quantize(model, batches, QuantConfig(codebook="step", rotate="none", scale="max", feedback=False, skip=PAIR))
+    for name, layer in quant_layers(model):
+        torch.testing.assert_close(layer.row_scale.detach(), weights[name].abs().amax(1) / 2)
+
+
+def test_another_seed_fits_another_table(tiny_llama, batches):
+    tables = []
+    for seed in (0, 1):
+        model = tiny_llama()
+        quantize(model, batches, QuantConfig(codebook="table", dim=2, rotate="none", seed=seed, skip=PAIR))
+        tables.append(next(layer for _, layer in quant_layers(model)).table.detach())
+    assert not torch.equal(*tables)
+
+
+def test_dead_inputs_are_counted_before_rotation(odd_net, batches):
+    reports = quantize(odd_net, [batch % 11 for batch in batches], QuantConfig(rotate="both"))
+    assert reports[0].dead == 3
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def test_a_linear_layer_that_computes_something_else_stays(odd_net, batches):
+    odd_net.second = Scaled(7, 11, bias=False)
+    assert [name for name, _ in linear_layers(odd_net)] == ["first"]
+    quantize(odd_net, [batch % 11 for batch in batches], QuantConfig())
+    assert isinstance(odd_net.second, Scaled)
+
+
+def test_autocast_does_not_reach_the_rounding(tiny_llama, batches):
+    prints = []
+    for enabled in (False, True):
+        model = tiny_llama()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            quantize(model, batches, QuantConfig(skip=PAIR))
+        prints.append(fingerprint(model))
+    assert prints[0] == prints[1]
+
+
+def test_weights_that_are_not_in_memory_are_named(odd_net, batches):
+    odd_net.first = odd_net.first.to("meta")
+    with pytest.raises(ValueError, match="weight of 'first' is not in memory"):
+        quantize(odd_net, [batch % 11 for batch in batches], QuantConfig())
+
+
 def test_a_refit_never_raises_the_loss(tiny_llama, batches):
     config = QuantConfig(skip=PAIR)
     none, one = (quantize(tiny_llama(), batches, replace(config, refits=refits)) for refits in (0, 1))

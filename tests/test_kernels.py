@@ -191,6 +191,23 @@ def test_dequantize_in_torch_serves_all_dtypes(name, dtype):
     torch.testing.assert_close(weight.float(), D * r[:, None], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+def test_vectors_of_two_bytes_with_and_without_their_long_table(monkeypatch, limit):
+    monkeypatch.setattr(cpu, "LONG_TABLE_PAYS", limit)
+    book = book_of("planes 8")
+    codes, D = packed(book, 40, 61)
+    x = torch.randn(20, 61, generator=torch.Generator().manual_seed(1))
+    for rows in (x[:1], x):
+        assert relative(cpu.product(rows, codes, book), rows @ D.T) < 1e-5
+    torch.testing.assert_close(cpu.decode(codes, book, 61), D)
+
+
+def test_integer_inputs_are_refused_with_the_remedy():
+    codes, _ = packed(scalar(), 4, 8)
+    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .*QuantConfig.skip"):
+        kernels.packed_linear(torch.zeros(2, 8, dtype=torch.uint8), codes, scalar(), torch.ones(4))
+
+
 @needs_triton
 def test_kernels_take_views():
     book = book_of("planes 4")

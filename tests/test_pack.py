@@ -241,6 +241,33 @@ def test_scales_of_any_size_keep_eleven_bits(values):
     assert torch.equal(layer.row_scale, got)
 
 
+@torch.no_grad()
+def test_a_row_of_zeros_beside_a_large_one_stays_finite(tmp_path):
+    model = llama()
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight *= 100
+    projection.weight[3] = 0
+    quantize(model, [TOKENS], KINDS["step"])
+    to_storage_precision(model)
+    assert torch.isfinite(logits(model)).all()
+    save_packed(model, tmp_path / "model")
+    for trainable in (False, True):
+        assert largest_difference(model, load_packed(tmp_path / "model", trainable)) < 1e-5
+
+
+def test_a_head_that_was_untied_by_hand_is_not_lost(planes, tmp_path):
+    planes.lm_head.weight = torch.nn.Parameter(2 * planes.lm_head.weight.detach())
+    with pytest.raises(ValueError, match="'lm_head.weight' has a weight of its own.*tie_word_embeddings = False"):
+        save_packed(planes, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_packed_model_is_quantized_already(planes, tmp_path):
+    save_packed(planes, tmp_path / "model")
+    with pytest.raises(ValueError, match="this model is quantized already"):
+        quantize(load_packed(tmp_path / "model"), [TOKENS], QuantConfig())
+
+
 def row_of_scales(scale: torch.Tensor) -> QuantLinear:
     from lcqat_min.codebook import scalar
     from lcqat_min.feedback import Rounded

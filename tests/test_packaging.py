@@ -86,6 +86,34 @@ def test_core_imports_with_torch_and_the_standard_library_alone():
     assert run.returncode == 0, run.stderr
 
 
+def test_core_works_with_torch_and_the_standard_library_alone():
+    """Quantize, train and measure a model of one layer where nothing else can be imported, numpy included."""
+    program = f"""
+import sys
+from types import SimpleNamespace
+for name in {[*OPTIONAL, "numpy"]!r}: sys.modules[name] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "numpy" else find(name, *more)
+import copy, torch
+from lcqat_min import QuantConfig, TrainConfig, kl_to, quantize, train
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = torch.nn.Embedding(16, 16), torch.nn.Linear(16, 16)
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.linear(self.embedding(input_ids)))
+teacher, ids = Net(), torch.arange(64)
+model = copy.deepcopy(teacher)
+quantize(model, [ids.view(2, 32) % 16], QuantConfig())
+train(model, [ids.view(2, 32) % 16], TrainConfig(1), teacher)
+print(kl_to(teacher, model, ids % 16, 32))
+"""
+    environment = os.environ | {"LCQAT_QUIET": "1"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and float(run.stdout) > 0, run.stderr
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_make_targets_exist(target):
     run = make("-n", target)

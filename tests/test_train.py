@@ -8,6 +8,7 @@ checkpointing, accelerate.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -560,3 +561,94 @@ def test_an_overflow_is_left_to_the_scaler(pair):
     before = state(model)
     train(model, stream(), TrainConfig(2), teacher, accelerator=LossScaler())
     assert same(state(model), before)
+
+
+def test_a_frozen_codebook_belongs_to_the_start(pair, tmp_path):
+    path = tmp_path / "run.safetensors"
+    teacher, model = pair("planes", learn_codebook=False)
+    train(model, stream(), RUN, teacher, checkpoint=path)
+    other = pair("planes", learn_codebook=False)[1]
+    with torch.no_grad():
+        next(layer for _, layer in quant_layers(other)).A.mul_(1.5)
+    refused(other, teacher, RUN, path, r"another model \('model\..*A' differs\)")
+
+
+def test_a_start_with_three_percent_of_other_numbers_is_another(pair, tmp_path):
+    path = tmp_path / "run.safetensors"
+    teacher, model = pair("planes")
+    train(model, stream(), RUN, teacher, checkpoint=path)
+    other = pair("planes")[1]
+    with torch.no_grad():
+        other.model.embed_tokens.weight.flatten()[: 97 * 32 * 3 // 100].mul_(2)
+    refused(other, teacher, RUN, path, r"another model \('model.embed_tokens.weight' differs\)")
+
+
+def test_movement_is_counted_from_where_the_run_began(pair, tmp_path):
+    path = tmp_path / "run.safetensors"
+    teacher, model = pair("planes")
+    whole = train(model, stream(), RUN, teacher)
+    stopped, begun_elsewhere = pair("planes")[1], pair("planes")[1]
+    with pytest.raises(Stop):
+        train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(5))
+    with torch.no_grad():
+        for parameter in begun_elsewhere.parameters():
+            parameter *= 1 + 5e-4  # alike, yet further away than a step
+    history = train(begun_elsewhere, stream(), RUN, teacher, checkpoint=path)
+    for key in ("moved_rest", "moved_scales", "moved_latents"):
+        assert [row[key] for row in history] == pytest.approx([row[key] for row in whole], rel=0.01)
+
+
+def test_tokens_of_ragged_batches_are_counted_one_by_one(pair):
+    teacher, model = pair("planes")
+    batches = [next(stream())[:, :width] for width in (16, 4, 8)]
+    rows = train(model, batches, TrainConfig(3, log_every=1), teacher)
+    assert [row["tokens"] for row in rows] == [32, 40, 56]
+
+
+def test_the_optimizer_is_adam_with_these_means(pair):
+    """Three steps on one number, by hand."""
+    teacher, model = pair("planes")
+    weight, config, grads = model.model.norm.weight, TrainConfig(3, clip=float("inf")), []
+    weight.register_hook(lambda grad: grads.append(grad.clone()))
+    by_hand, mean, square = weight.detach().clone(), 0.0, 0.0
+    train(model, stream(), config, teacher)
+    for step, grad in enumerate(grads):
+        mean, square = 0.9 * mean + 0.1 * grad, 0.95 * square + 0.05 * grad**2
+        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.95 ** (step + 1))
+        by_hand -= config.lr_rest * config.rate(step) * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach(), by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_rate_of_a_warm_up():
+    config = TrainConfig(100, warmup=0.2)
+    assert [config.rate(0), config.rate(19), config.rate(20)] == pytest.approx([1 / 21, 20 / 21, 1])
+
+
+def test_the_model_is_in_training_mode_while_it_trains(pair):
+    teacher, model = pair("planes")
+    seen = []
+    train(model.eval(), stream(), TrainConfig(1), teacher, on_step=lambda step, loss: seen.append(model.training))
+    assert seen == [True] and not model.training and not teacher.training
+
+
+def test_nothing_to_train_and_batches_that_would_be_summed_are_named(pair):
+    teacher, model = pair("planes")
+    accumulating = LossScaler()
+    accumulating.gradient_accumulation_steps = 8
+    with pytest.raises(ValueError, match="accumulates 8 batches a step"):
+        train(model, stream(), TrainConfig(1), teacher, accelerator=accumulating)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        train(model.requires_grad_(False), stream(), TrainConfig(1), teacher)
+
+
+def test_processes_that_resume_apart_are_told(monkeypatch):
+    def gather(found: list, done: int) -> None:
+        found[:] = 2, done
+
+    module = sys.modules["lcqat_min.train"]  # the function hides the module of its name
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    module._agree(2)
+    with pytest.raises(ValueError, match=r"resume after \[2, 0\] steps"):
+        module._agree(0)
