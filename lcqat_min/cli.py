@@ -27,8 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"lcqat: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # a full disk, which is not an OSError there
+            raise
+        print(f"lcqat: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nlcqat: stopped. What is finished is kept.", file=sys.stderr)
+        print("\nlcqat: stopped. What is finished is kept, and of training the last checkpoint.", file=sys.stderr)
         return 130
 
 
@@ -78,13 +83,14 @@ def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     quantize.add_argument("--codebook", choices=CODEBOOKS, default=default.codebook, help="(default: %(default)s)")
     quantize.add_argument("--dim", type=int, default=default.dim, help="weights in a vector (default: %(default)s)")
     quantize.add_argument("--rotate", choices=ROTATIONS, default=default.rotate, help="(default: %(default)s)")
+    quantize.add_argument("--skip", nargs="+", default=[], metavar="PART", help="parts of names of layers to leave out")
     quantize.add_argument("--tokens", type=positive, default=32768, help="calibration tokens (default: %(default)s)")
     quantize.add_argument("--seed", type=int, default=0, help="(default: 0)")
     quantize.set_defaults(run=do.run_quantize)
 
     train = verbs.add_parser("train", help="train a packed model against the unquantized one")
     train.add_argument("folder", type=Path, help="packed model")
-    train.add_argument("--teacher", metavar="NAME", help="the unquantized model (default: the bundled one)")
+    train.add_argument("--teacher", metavar="NAME", help="what it was made from (default: the bundled model)")
     train.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="the trained packed model, a new folder"
     )

@@ -91,8 +91,7 @@ def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tens
         shape = (made[name].out_features, made[name].in_features)
         reports.append(LayerReport(name, shape, share, factor.damping, dead, moments.tokens))
     for name, layer in made.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     return reports
 
 

@@ -32,7 +32,7 @@ def write_folder(
     """
     from safetensors.torch import save_file
 
-    folder = folder.resolve()
+    folder = folder.expanduser().resolve()
     is_model = (folder / "config.json").is_file() or (folder / BEFORE).is_dir()
     if folder.is_file() or folder.is_dir() and not is_model and any(folder.iterdir()):
         raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")

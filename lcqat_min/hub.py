@@ -55,6 +55,10 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         model = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_why(name, error)) from error
+    words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if words < rows / 10:  # transformers makes up an empty tokenizer where the files are missing
+        raise ValueError(f"the tokenizer of {name} knows {words} tokens, the model {rows}: its files are missing. "
+                         "tokenizer.save_pretrained puts them beside the model")
     return model.to(device).eval(), tokenizer
 
 

@@ -85,7 +85,7 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
 
     from . import hf  # noqa: F401  registers the reader
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = config_of(folder)
     check(folder / WEIGHTS, config.get("quantization_config") or {})
     kind = getattr(transformers, str((config.get("architectures") or [""])[0]), AutoModelForCausalLM)

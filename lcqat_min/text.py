@@ -148,7 +148,7 @@ def _tokenize(source: str, tokenizer) -> Splits:
         got = ", ".join(f"{len(t)} for {name}" for name, t in ids.items())
         raise ValueError(
             f"too little text in {source!r}: got {got} tokens, and each needs at least {MIN_SPLIT_TOKENS}. "
-            "Validation and test get 2 % each, so give 100 000 characters or more, with blank lines to cut at"
+            "Validation and test get 2 % each, so give 250 000 characters or more, with blank lines to cut at"
         )
     return Splits(**ids, source=source)
 
@@ -192,10 +192,14 @@ def _cached(path: Path, source: str, build: Callable[[], Splits]) -> Splits:
         except (SafetensorError, KeyError, OSError) as error:
             print(f"note: cannot read the cached text {path} ({error}); building it anew", file=sys.stderr)
     splits = build()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: getattr(splits, name).int() for name in SPLITS}, temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: getattr(splits, name).int() for name in SPLITS}, temporary)
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        print(f"note: cannot keep the text in {path} ({error}), so it will be built anew each time; set LCQAT_CACHE "
+              "to a folder that can be written", file=sys.stderr)
     return splits
 
 

@@ -103,10 +103,14 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step and a layer;
     TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary,
-    for too few batches and for a checkpoint that is damaged or of another run.
+    for too few batches or bad ones, for a checkpoint that is damaged or of another run, and where there is nothing
+    to distil: a model that is not quantized, a teacher that is.
     """
-    if teacher is model:
-        raise ValueError("the teacher is the model itself: copy.deepcopy(model) before quantize(model)")
+    if teacher is model or teacher is not None and any(quant_layers(teacher)):
+        raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
+    if teacher is not None and not any(quant_layers(model)):
+        raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
+                         "one with load_packed(folder, trainable=True)")
     accelerator = _OneProcess() if accelerator is None else accelerator
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
@@ -122,6 +126,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     with keep_modes(model):
         model.train()
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
+            if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+                raise ValueError("a training batch must be a tensor of token ids, integers [B, T]: see text.batches")
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
             loss = _loss(loop_model, batch.to(run.device), teacher)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .convert import quantize
+from .convert import linear_layers, quant_layers, quantize
 from .evaluate import kl_to
 from .hub import BUNDLED, choose_device, load
 from .ptq import QuantConfig
@@ -27,6 +27,7 @@ from .train import TrainConfig, train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
+FAR = 2.0  # nats a token: more than rounding to 2 bits moves a model
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -35,19 +36,23 @@ def run_quantize(args: argparse.Namespace) -> None:
 
     from .pack import save_packed
 
-    config = QuantConfig(codebook=args.codebook, dim=args.dim, rotate=args.rotate, seed=args.seed)
+    config = QuantConfig(args.codebook, args.dim, args.rotate, skip=("lm_head", *args.skip), seed=args.seed)
     _new(args.out)
     model, tokenizer = load(args.model or BUNDLED, choose_device(args.device))
+    names = [name for name, _ in linear_layers(model)]
+    if unknown := [part for part in args.skip if not any(part in name for name in names)]:
+        raise ValueError(f"--skip {' '.join(unknown)}: part of no linear layer's name; the first are "
+                         f"{', '.join(names[:9])}")
     text = load_text(args.text, tokenizer)
-    windows = sample_windows(
-        text.train, max(1, args.tokens // WINDOW), WINDOW, torch.Generator().manual_seed(args.seed)
-    )
+    window, generator = _window(model), torch.Generator().manual_seed(args.seed)
+    windows = sample_windows(text.train, max(1, args.tokens // window), window, generator)
     print(config)
     reports = quantize(
         model, windows.split(8), config, progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer")
     )
     worst = max(reports, key=lambda report: report.loss)
     print(f"{len(reports)} layers; largest share of output lost: {worst.loss:.4f} in {worst.name}")
+    _say_what_is_left(model)
     print(save_packed(model, args.out))
     tokenizer.save_pretrained(args.out)
     print(f"packed model: {args.out}")
@@ -57,24 +62,32 @@ def run_train(args: argparse.Namespace) -> None:
     """Train a packed model against the unquantized one and save it packed again."""
     from tqdm import tqdm
 
-    from .pack import save_packed
+    from .pack import config_of, save_packed
 
     _new(args.out)
+    config_of(args.folder)  # a wrong name ends here, before the tokenizer is looked for on the hub
     device = choose_device(args.device)
     tokenizer = _tokenizer(args.folder)
     student = _packed(args.folder, device, trainable=True).float()
     teacher, _ = load(args.teacher or BUNDLED, device)
     text = load_text(args.text, tokenizer)
-    config = TrainConfig(steps=max(1, args.tokens // (WINDOW * BATCH)))
+    window = _window(student)
+    steps = max(1, args.tokens // (window * BATCH))
+    config = TrainConfig(steps, checkpoint_every=max(1, min(50, steps // 10)))
     print(config)
-    data = batches(text.train, WINDOW, BATCH, torch.Generator().manual_seed(args.seed))
-    before = kl_to(teacher, student, text.validation[:EVAL_TOKENS], WINDOW)
+    data = batches(text.train, window, BATCH, torch.Generator().manual_seed(args.seed))
+    before = kl_to(teacher, student, text.validation[:EVAL_TOKENS], window)
+    if before > FAR:
+        print(f"note: the model is {before:.1f} nats a token from {args.teacher or BUNDLED}. Is that what it was made "
+              "from? --teacher names another.")
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
+    if checkpoint.exists():
+        print(f"going on from {checkpoint}; teacher, text and seed should be those that it was begun with")
     with tqdm(total=config.steps, disable=_quiet(), unit="step") as bar:
         train(
             student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
         )
-    after = kl_to(teacher, student, text.validation[:EVAL_TOKENS], WINDOW)
+    after = kl_to(teacher, student, text.validation[:EVAL_TOKENS], window)
     print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
     print(save_packed(student, args.out))
     tokenizer.save_pretrained(args.out)
@@ -118,6 +131,25 @@ def run_bits(args: argparse.Namespace) -> None:
     from .pack import bits_per_weight
 
     print(bits_per_weight(_any(args.folder, torch.device("cpu"))))
+
+
+def _window(model: nn.Module) -> int:
+    """Tokens of a window: WINDOW, or fewer for a model that reads fewer."""
+    return min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+
+
+def _say_what_is_left(model: nn.Module) -> None:
+    """Name the largest weight that stays as it is, beside embeddings and the head, if all of those are many."""
+    quantized = sum(layer.in_features * layer.out_features for _, layer in quant_layers(model))
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    inside = {f"{name}." for name, _ in quant_layers(model)}
+    left = {name: p.numel() for name, p in model.named_parameters()
+            if id(p) not in ends and not any(name.startswith(part) for part in inside)}
+    share = sum(left.values()) / max(1, quantized + sum(left.values()))
+    if share > 0.05:
+        largest = max(left, key=left.get)
+        print(f"note: {share:.0%} of the weights outside of embeddings and head stay as they are, {largest} the "
+              "largest: only linear layers are quantized, and not those that are skipped")
 
 
 def _packed(folder: Path, device: torch.device, trainable: bool = False) -> nn.Module:

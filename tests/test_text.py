@@ -283,7 +283,7 @@ def test_unknown_source_lists_what_is_accepted():
 def test_too_little_text_says_what_was_got_and_needed(tmp_path, content):
     path = tmp_path / "short.txt"
     path.write_text(content)
-    with pytest.raises(ValueError, match="got .* for validation.*at least 256.*100 000 characters"):
+    with pytest.raises(ValueError, match="got .* for validation.*at least 256.*250 000 characters"):
         text.load_text(str(path), CharTokenizer())
 
 
