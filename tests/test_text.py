@@ -178,6 +178,12 @@ def test_corrupt_cache_is_rebuilt_with_a_note(fake_package, tmp_path, capsys, da
     assert "building it anew" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_written_is_a_note(fake_package, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    splits = text.load_text("docstrings", CharTokenizer(), cache_dir=tmp_path / "file" / "cache")
+    assert len(splits.train) and "set LCQAT_CACHE to a folder that can be written" in capsys.readouterr().err
+
+
 def test_cache_key_follows_tokenizer_and_versions(monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", ("torch",))
     key = text._fingerprint("docstrings", CharTokenizer())

@@ -641,6 +641,21 @@ def test_nothing_to_train_and_batches_that_would_be_summed_are_named(pair):
         train(model.requires_grad_(False), stream(), TrainConfig(1), teacher)
 
 
+def test_nothing_to_distil_is_named(pair):
+    teacher, model = pair("planes")
+    with pytest.raises(ValueError, match="no layer whose codes can be trained: quantize"):
+        train(copy.deepcopy(teacher), stream(), TrainConfig(1), teacher)
+    with pytest.raises(ValueError, match="the model itself, or quantized"):
+        train(model, stream(), TrainConfig(1), copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(8, dtype=torch.long), torch.zeros(2, 8), {"input_ids": None}])
+def test_batches_that_are_none_are_named(pair, batch):
+    teacher, model = pair("planes")
+    with pytest.raises(ValueError, match="must be a tensor of token ids"):
+        train(model, [batch], TrainConfig(1), teacher)
+
+
 def test_processes_that_resume_apart_are_told(monkeypatch):
     def gather(found: list, done: int) -> None:
         found[:] = 2, done

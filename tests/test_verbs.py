@@ -6,7 +6,7 @@ pytest tests/test_verbs.py
 import pytest
 import torch
 
-from lcqat_min import cli
+from lcqat_min import checkpoint, cli, verbs
 from lcqat_min.hub import load
 from lcqat_min.pack import load_packed, save_packed
 
@@ -87,6 +87,67 @@ def test_damaged_configurations_and_places_that_cannot_be_written_are_named(plac
     (tmp_path / "file").write_text("")
     assert call("quantize", "--model", place / "model", "--out", tmp_path / "file" / "q") == 2
     assert f"cannot write to {tmp_path / 'file' / 'q'}" in capsys.readouterr().err
+
+
+def test_a_model_whose_tokenizer_is_missing_is_refused(tiny_gpt2, place, tmp_path, capsys):
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    args = ("--model", tmp_path / "model", "--text", place / "text.txt", "--out", tmp_path / "out")
+    assert call("quantize", *args) == 2
+    assert "its files are missing. tokenizer.save_pretrained" in capsys.readouterr().err
+
+
+def test_what_is_skipped_is_told(place, tmp_path, capsys):
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    assert call("quantize", *args, "--skip", "down_porj", "--out", tmp_path / "out") == 2
+    assert "--skip down_porj: part of no linear layer's name" in capsys.readouterr().err
+    assert call("quantize", *args, "--skip", "down_proj", "--out", tmp_path / "out") == 0
+    assert "of the weights outside of embeddings and head stay as they are" in capsys.readouterr().out
+
+
+def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, tmp_path, capsys, monkeypatch):
+    stranger, tokenizer = load(place / "model")
+    with torch.no_grad():
+        for parameter in stranger.parameters():
+            parameter.copy_(parameter.flip(0) * 3)
+    stranger.save_pretrained(tmp_path / "stranger")
+    tokenizer.save_pretrained(tmp_path / "stranger")
+    monkeypatch.setattr(verbs, "FAR", 0.0)
+    data = ("--text", place / "text.txt", "--tokens", 2048)
+    args = ("--teacher", tmp_path / "stranger", *data, "--out", tmp_path / "out")
+    save, steps = checkpoint.Run.save, []
+
+    def interrupted(run, path, step, *more):
+        save(run, path, step, *more)
+        steps.append(step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Run, "save", interrupted)
+        assert call("train", packed, *args) == 130
+    found = capsys.readouterr()
+    assert "Is that what it was made from? --teacher names another" in found.out and "last checkpoint" in found.err
+    assert call("train", packed, *args) == 0
+    assert "going on from" in capsys.readouterr().out and steps == [1]
+
+
+def test_a_context_shorter_than_the_window_is_kept_to(tiny_llama):
+    model = tiny_llama()
+    assert verbs._window(model) == 256
+    model.config.max_position_embeddings = 64
+    assert verbs._window(model) == 64
+
+
+def test_a_full_disk_is_one_line(place, tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*more, **named):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    assert call("quantize", *args, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "lcqat: I/O error: No space left on device"
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_must_be_positive(capsys):
