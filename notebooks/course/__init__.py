@@ -38,7 +38,7 @@ COLOURS = {
 plt.rcParams.update(
     {
         "figure.figsize": (7.0, 3.6),
-        "figure.dpi": 110,
+        "figure.dpi": 90,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
