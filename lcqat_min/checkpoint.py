@@ -150,3 +150,14 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     one, other = one.float(), other.float()
     near = torch.isclose(one, other, rtol=1e-3, atol=1e-3 * other.square().mean().sqrt().item())
     return near.float().mean().item() >= ALIKE
+
+
+def agree(done: int) -> None:
+    """All processes resume at the same step, or none does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, done)
+    if len(set(found)) > 1:
+        raise ValueError(f"the processes resume after {found} steps: keep the checkpoint where all of them can "
+                         "read it, or delete it to start afresh")

@@ -40,12 +40,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Run
+from .checkpoint import Run, agree
 from .convert import quant_layers
+from .distillation import distillation_loss
 from .evaluate import keep_modes
 from .linear import AffineLinear, StepLinear
-
-KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     run = Run(model, optimizer, config, "next token" if teacher is None else "KL")
     checkpoint = None if checkpoint is None else Path(checkpoint)
     done, tokens, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, 0, [], [])
-    _agree(done)
+    agree(done)
     optimizer.zero_grad()  # an interrupted run may have left gradients
     with keep_modes(model):
         model.train()
@@ -153,17 +152,6 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     if done < config.steps:
         raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
     return history
-
-
-def _agree(done: int) -> None:
-    """All processes resume at the same step, or none does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    found: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, done)
-    if len(set(found)) > 1:
-        raise ValueError(f"the processes resume after {found} steps: keep the checkpoint where all of them can "
-                         "read it, or delete it to start afresh")
 
 
 class _OneProcess:
@@ -216,40 +204,6 @@ def bin_width(layer: nn.Module) -> float:
     if isinstance(layer, StepLinear):
         return layer.row_scale.detach().mean().item()
     return 2.0 if layer.levels == 2 else 1.0
-
-
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
-    if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError("student and teacher differ in vocabulary: "
-                         f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
-                         "from before quantization.")
-    return _TeacherKL.apply(student.flatten(0, -2), teacher.flatten(0, -2))
-
-
-class _TeacherKL(torch.autograd.Function):
-    """Loss and gradient in one pass over slices of tokens: d loss / d logits = (p_s - p_t) / tokens.
-
-    The division waits for backward: fp16 has no numbers below 6e-8, and a loss scaler multiplies only then.
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        grad = torch.empty_like(student)
-        total = student.new_zeros((), dtype=torch.float64)
-        rows = max(1, KL_ELEMENTS // student.shape[1])
-        for s, t, g in zip(student.split(rows), teacher.split(rows), grad.split(rows), strict=True):
-            log_s, log_t = s.float().log_softmax(1), t.float().log_softmax(1)
-            p_t = log_t.exp()
-            total += ((log_t - log_s) * p_t).sum().double()
-            g.copy_(log_s.exp() - p_t)
-        ctx.save_for_backward(grad)
-        return (total / len(student)).float()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        (grad,) = ctx.saved_tensors
-        return grad * (upstream / len(grad)), None
 
 
 def _loss(model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:

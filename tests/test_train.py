@@ -8,7 +8,6 @@ checkpointing, accelerate.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from lcqat_min import checkpoint, distillation
 from lcqat_min.convert import quant_layers, quantize
 from lcqat_min.evaluate import kl_to
 from lcqat_min.ptq import CODEBOOKS, QuantConfig
@@ -220,7 +220,7 @@ def test_two_phases_that_both_round_up():
 @pytest.mark.parametrize("elements", [1 << 25, 1, 40])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_distillation_loss_is_kl_div(generator, monkeypatch, dtype, tolerance, elements):
-    monkeypatch.setitem(train.__globals__, "KL_ELEMENTS", elements)
+    monkeypatch.setattr(distillation, "KL_ELEMENTS", elements)
     student, teacher = (3 * torch.randn(2, 5, 19, generator=generator).to(dtype) for _ in range(2))
     student.requires_grad_()
     exact = student.detach().double().requires_grad_()
@@ -660,10 +660,9 @@ def test_processes_that_resume_apart_are_told(monkeypatch):
     def gather(found: list, done: int) -> None:
         found[:] = 2, done
 
-    module = sys.modules["lcqat_min.train"]  # the function hides the module of its name
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    module._agree(2)
+    checkpoint.agree(2)
     with pytest.raises(ValueError, match=r"resume after \[2, 0\] steps"):
-        module._agree(0)
+        checkpoint.agree(0)
