@@ -105,15 +105,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     for too few batches or bad ones, for a checkpoint that is damaged or of another run, and where there is nothing
     to distil: a model that is not quantized, a teacher that is.
     """
-    if teacher is model or teacher is not None and any(quant_layers(teacher)):
-        raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
-    if teacher is not None and not any(quant_layers(model)):
-        raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
-                         "one with load_packed(folder, trainable=True)")
     accelerator = _OneProcess() if accelerator is None else accelerator
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
-                         "takes one: give larger batches, or more processes")
+    _check(model, teacher, accelerator)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
     # After prepare, which may move the parameters to another device.
@@ -125,11 +118,9 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     with keep_modes(model):
         model.train()
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
-            if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-                raise ValueError("a training batch must be a tensor of token ids, integers [B, T]: see text.batches")
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
-            loss = _loss(loop_model, batch.to(run.device), teacher)
+            loss = _loss(loop_model, _checked(batch).to(run.device), teacher)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
             accelerator.backward(loss)
@@ -152,6 +143,23 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     if done < config.steps:
         raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
     return history
+
+
+def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
+    if teacher is model or teacher is not None and any(quant_layers(teacher)):
+        raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
+    if teacher is not None and not any(quant_layers(model)):
+        raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
+                         "one with load_packed(folder, trainable=True)")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
+                         "takes one: give larger batches, or more processes")
+
+
+def _checked(batch: Tensor) -> Tensor:
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+        raise ValueError("a training batch must be a tensor of token ids, integers [B, T]: see text.batches")
+    return batch
 
 
 class _OneProcess:
