@@ -324,10 +324,11 @@ def test_a_start_that_differs_in_last_digits_is_the_same_start(pair, tmp_path):
         train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(5))
     with torch.no_grad():
         for parameter in begun_elsewhere.parameters():
-            parameter *= 1 + 1e-6
+            parameter *= 1 + 5e-4  # further than a step goes: movement counts from where the run began
     history = train(begun_elsewhere, stream(), RUN, teacher, checkpoint=path)
     assert [row["flips"] for row in history] == [row["flips"] for row in whole]
-    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    for key in ("loss", "moved_rest", "moved_scales", "moved_latents"):
+        assert [row[key] for row in history] == pytest.approx([row[key] for row in whole], rel=0.01)
     for one, other in zip(begun_elsewhere.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
@@ -581,21 +582,6 @@ def test_a_start_with_three_percent_of_other_numbers_is_another(pair, tmp_path):
     with torch.no_grad():
         other.model.embed_tokens.weight.flatten()[: 97 * 32 * 3 // 100].mul_(2)
     refused(other, teacher, RUN, path, r"another model \('model.embed_tokens.weight' differs\)")
-
-
-def test_movement_is_counted_from_where_the_run_began(pair, tmp_path):
-    path = tmp_path / "run.safetensors"
-    teacher, model = pair("planes")
-    whole = train(model, stream(), RUN, teacher)
-    stopped, begun_elsewhere = pair("planes")[1], pair("planes")[1]
-    with pytest.raises(Stop):
-        train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(5))
-    with torch.no_grad():
-        for parameter in begun_elsewhere.parameters():
-            parameter *= 1 + 5e-4  # alike, yet further away than a step
-    history = train(begun_elsewhere, stream(), RUN, teacher, checkpoint=path)
-    for key in ("moved_rest", "moved_scales", "moved_latents"):
-        assert [row[key] for row in history] == pytest.approx([row[key] for row in whole], rel=0.01)
 
 
 def test_tokens_of_ragged_batches_are_counted_one_by_one(pair):
