@@ -177,8 +177,10 @@ def _moments(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tenso
         warnings.warn(f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
                       "text, or name them in QuantConfig.skip", RuntimeWarning, stacklevel=3)
     for name, layer in layers.items():
-        eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)
-        yield name, found.get(name) or Moments(eye, tokens=0)
+        if name not in found:
+            eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)
+            found[name] = Moments(eye, tokens=0)
+        yield name, found.pop(name)
 
 
 def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
