@@ -14,7 +14,8 @@ weight, together more than twice the second-level cache, or a small weight would
     copy          decoded bytes a second over those of a plain copy in this run (codes read and weight written)
 
 Rows where the packed product loses are kept. On a CPU the ratio is CPU time of one thread (time.process_time) over
-that of F.linear with the dense fp32 weight, in turns, median; without rotations and scales.
+that of F.linear with dense fp32 weights, in turns, median; without rotations and scales. Here, too, consecutive calls
+use different weights, as the layers of a model do: all packed ones, then all dense ones.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lcqat_min import cpu, kernels  # noqa: E402
+from lcqat_min import cpu, folded, kernels  # noqa: E402
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice, random_planes  # noqa: E402
 from lcqat_min.results import describe, write_json  # noqa: E402
 from lcqat_min.rotate import random_signs  # noqa: E402
@@ -41,6 +42,7 @@ from lcqat_min.rotate import random_signs  # noqa: E402
 SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
 BATCHES = (1, 4, 16, 64)
 LAYERS, NEW_TOKENS = 8, 64  # of the whole model: Llama-2-7B's layers, fewer of them
+CPU_CODES = 8 << 20  # bytes of codes of all layers together: more than a second-level cache
 CPU_BARS = {("eager", 1): 2.0, ("eager", 256): 1.3, ("compiled", 1): 0.5}  # at 2048 x 2048
 
 
@@ -223,36 +225,40 @@ def plot(rows: list[dict], device: str) -> None:
 # --- CPU ---
 
 
-def cpu_ratio(call: Callable[[], Tensor], dense: Callable[[], Tensor], repeats: int) -> float:
-    times: dict[Callable, list[float]] = {call: [], dense: []}
+def cpu_ratio(calls: list[Callable[[], Tensor]], dense: list[Callable[[], Tensor]], repeats: int) -> float:
+    """Median CPU time of all `calls` over that of all `dense`, run in turns; each is warmed up once."""
+    times: list[list[float]] = [[], []]
     for _ in range(repeats + 1):
-        for way in (dense, call):
+        for way, took in zip((dense, calls), times, strict=True):
             begun = time.process_time()
-            way()
-            times[way].append(time.process_time() - begun)
-    return statistics.median(times[call][1:]) / statistics.median(times[dense][1:])
+            for call in way:
+                call()
+            took.append(time.process_time() - begun)
+    return statistics.median(times[1][1:]) / statistics.median(times[0][1:])
 
 
 def on_cpu(repeats: int, ways: list[str]) -> int:
     torch.set_num_threads(1)
-    batches = {"eager": (1, 16, 256), "compiled": (1, 4)}
+    batches = {"eager": (1, 4, 16, 256), "compiled": (1, 4)}
     cases = [(way, batch) for way in ways for batch in batches[way]]
     rows = []
     for out, inputs in ((2048, 2048), (11008, 4096)):
-        W, codes = torch.randn(out, inputs), random_codes(out, inputs)
+        count = max(2, CPU_CODES // (out * inputs // 4))
+        weights = [torch.randn(out, inputs) for _ in range(count)]
+        codes = [random_codes(out, inputs) for _ in range(count)]
         for name, book in books().items():
             for way, batch in cases:
                 if way == "compiled" and isinstance(book, TableCodebook):
                     continue  # nothing to fold, nothing to compile
                 x = torch.randn(batch, inputs)
-                ratio = cpu_ratio(partial(cpu.product, x, codes, book, way == "compiled"), partial(F.linear, x, W),
-                                  max(3, repeats // (1 + batch // 16)))
+                ratio = cpu_ratio([partial(cpu.product, x, part, book, way == "compiled") for part in codes],
+                                  [partial(F.linear, x, W) for W in weights], max(3, repeats // (1 + batch // 16)))
                 bar = CPU_BARS.get((way, batch)) if out == 2048 else None
                 rows.append({"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch,
                              "ratio": round(ratio, 3), "bar": bar})
                 print(f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
                       + (f"   at most {bar}" if bar else ""), flush=True)
-    meta = describe({"repeats": repeats, "workspace": cpu.WORKSPACE, "failed": sorted(cpu._failed)})
+    meta = describe({"repeats": repeats, "multiplies_bytes": folded.multiplies_bytes(), "failed": sorted(cpu._failed)})
     write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "rows": rows})
     return 0
 

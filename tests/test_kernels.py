@@ -22,7 +22,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcqat_min import cpu, kernels
+from lcqat_min import cpu, folded, kernels
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, scalar
 from lcqat_min.feedback import Rounded
 from lcqat_min.linear import AffineLinear
@@ -191,17 +191,6 @@ def test_dequantize_in_torch_serves_all_dtypes(name, dtype):
     torch.testing.assert_close(weight.float(), D * r[:, None], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [1, 1 << 30])
-def test_vectors_of_two_bytes_with_and_without_their_long_table(monkeypatch, limit):
-    monkeypatch.setattr(cpu, "LONG_TABLE_PAYS", limit)
-    book = book_of("planes 8")
-    codes, D = packed(book, 40, 61)
-    x = torch.randn(20, 61, generator=torch.Generator().manual_seed(1))
-    for rows in (x[:1], x):
-        assert relative(cpu.product(rows, codes, book), rows @ D.T) < 1e-5
-    torch.testing.assert_close(cpu.decode(codes, book, 61), D)
-
-
 def test_integer_inputs_are_refused_with_the_remedy():
     codes, _ = packed(scalar(), 4, 8)
     with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .*QuantConfig.skip"):
@@ -281,13 +270,27 @@ def test_dequantize_kernel_counts_rows_in_64_bits(monkeypatch):
 
 # --- the torch path ---
 
+needs_bytes = pytest.mark.skipif(not folded.multiplies_bytes(), reason="this CPU has no instruction for bytes")
+EVERY = [*AFFINE, *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)), "table 1", "table 2", "table 3",
+         "table 4"]
 
-@pytest.mark.parametrize("name", [*AFFINE, *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)),
-                                  "table 1", "table 2", "table 3", "table 4"])
-def test_torch_product_equals_the_dense_one(name, monkeypatch):
-    monkeypatch.setattr(cpu, "WORKSPACE", 4000)  # several parts
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_bytes), False], ids=["bytes", "no bytes"])
+def processor(request, monkeypatch):
+    """With an instruction for products of bytes, and without; chunks so small that there are several."""
+    monkeypatch.setattr(cpu, "multiplies_bytes", lambda: request.param)
+    monkeypatch.setattr(cpu, "WORKSPACE", 4000)
+    monkeypatch.setattr(folded, "DIGITS", 3000)
+    monkeypatch.setattr(folded, "LOOKUPS", 300)
+    monkeypatch.setattr(cpu, "_failed", set())
+    yield
+    assert not cpu._failed
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_torch_product_equals_the_dense_one(name, processor):
     book = book_of(name)
-    for rows, columns, tokens in ((33, 130, 1), (7, 511, 5), (130, 33, 40), (1, 1, 1), (3, 2, 0)):
+    for rows, columns, tokens in ((33, 130, 1), (7, 511, 5), (130, 33, 40), (1, 1, 1), (1, 9, 2), (3, 2, 0)):
         codes, D = packed(book, rows, columns)
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
         y = cpu.product(x, codes, book)
@@ -296,42 +299,114 @@ def test_torch_product_equals_the_dense_one(name, monkeypatch):
         torch.testing.assert_close(cpu.decode(codes, book, columns), D, rtol=1e-5, atol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most numbers that any tensor made inside had."""
+@pytest.mark.parametrize("name", ["lattice 4", "planes 4", "planes 8"])
+def test_who_multiplies_on_a_cpu(name, monkeypatch):
+    """Integers for few rows where the processor has them, sums for one row elsewhere, decoding for all else."""
+    asked = []
+    for way in ("by_integers", "by_sums", "_by_decoding"):
+        monkeypatch.setattr(cpu, way, lambda x, codes, book, way=way: asked.append(way) or x.new_zeros(len(x), 8))
+    codes, _ = packed(book_of(name), 8, 64)
+    for has_bytes in (True, False):
+        monkeypatch.setattr(cpu, "multiplies_bytes", lambda has_bytes=has_bytes: has_bytes)
+        for tokens in (0, 1, cpu.FEW_ROWS, cpu.FEW_ROWS + 1):
+            cpu.product(torch.ones(tokens, 64), codes, book_of(name))
+    decoding = "_by_decoding"
+    assert asked == [decoding, "by_integers", "by_integers", decoding, decoding, "by_sums", decoding, decoding]
 
-    numbers = 0
+
+@given(values=st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=9), exponent=st.integers(-20, 0))
+def test_limbs_are_the_number_but_for_2_to_the_minus_31(values, exponent):
+    x = torch.tensor([values, [value * 2.0**exponent for value in values]]).unsqueeze(2)  # [2, bytes, 1]
+    limbs, unit = folded.to_limbs(x)
+    assert limbs.dtype == torch.int8 and limbs.shape == (len(values), 8)
+    whole = limbs.double().view(-1, 2, 4) @ 256.0 ** torch.arange(4, dtype=torch.float64)
+    error = (whole.T * unit.double()[:, None] - x[:, :, 0].double()).abs()
+    largest = x.abs().amax((1, 2)).double()
+    assert (error <= (2.0**-31 + 2.0**-24) * largest[:, None] + 1e-30).all()  # and fp32's own rounding
+
+
+@needs_bytes
+def test_integers_add_up_exactly_at_their_largest():
+    """All digits and all of x at their largest: the sum of 65 536 bytes just fits into 32 bits."""
+    book = AffineCodebook(torch.eye(8)[:4] + torch.eye(8)[4:], torch.zeros(4), 2)
+    for byte in (0, 255):
+        codes = torch.full((2, folded.MOST_BYTES), byte, dtype=torch.uint8)
+        D = cpu.decode(codes[:, :8], book, 32)
+        x = torch.ones(1, 4 * folded.MOST_BYTES)
+        expected = x.double()[:, :32] @ D.double().T * (folded.MOST_BYTES // 8)
+        assert relative(folded.by_integers(x, codes, book), expected) < 1e-6
+
+
+@needs_bytes
+def test_integers_beside_an_outlier():
+    """What an outlier takes from its neighbours stays below what fp32 sums lose to it."""
+    book = book_of("planes 4")
+    codes, D = packed(book, 64, 512)
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
+    x[0, 100] = 3000.0
+    error = (folded.by_integers(x, codes, book) - x.double() @ D.double().T).abs()
+    assert (error <= 1e-6 * size(x, book)).all() and error[1].max() < 2e-4  # the other row has a scale of its own
+
+
+@needs_bytes
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_integers_show_what_is_not_finite_in_its_row_only(bad):
+    codes, _ = packed(book_of("lattice 4"), 9, 64)
+    x = torch.ones(2, 64)
+    x[1, 5] = bad
+    y = folded.by_integers(x, codes, book_of("lattice 4"))
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_fake_tensors_ask_no_processor():
+    """Programs are traced with tensors that have no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for constant in (folded.multiplies_bytes, folded._factors, folded._masked_bytes):
+        constant.cache_clear()
+    with FakeTensorMode():
+        x, codes = torch.zeros(1, 64), torch.zeros(8, 16, dtype=torch.uint8)
+        assert cpu.product(x, codes, AffineCodebook(torch.zeros(4, 8), torch.zeros(4), 2)).shape == (1, 8)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor made inside."""
+
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
         return result
 
 
+@pytest.mark.parametrize("has_bytes", [pytest.param(True, marks=needs_bytes), False])
 @pytest.mark.parametrize("name", ["lattice 4", "planes 4", "planes 8", "table 4"])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_no_dense_weight_on_the_cpu(name, tokens, monkeypatch):
-    monkeypatch.setattr(cpu, "WORKSPACE", 1 << 16)
-    monkeypatch.setattr(cpu, "LOOKUPS", 1 << 14)
-    monkeypatch.setattr(cpu, "DIGITS", 1 << 14)
+def test_no_dense_weight_on_the_cpu(name, tokens, has_bytes, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bytes", lambda: has_bytes)
+    monkeypatch.setattr(cpu, "WORKSPACE", limit := 1 << 17)
+    monkeypatch.setattr(folded, "DIGITS", limit)
+    monkeypatch.setattr(folded, "LOOKUPS", limit // 4)
     book = book_of(name)
-    codes, _ = packed(book, 1024, 256)  # the dense weight has 2^18 numbers; one row of x has 2^14 sums of bytes
+    codes, _ = packed(book, 1024, 256)  # the dense weight has 2^20 bytes, the codes 2^16, 2^16 sums of bytes 2^16
     with Largest() as largest:
         cpu.product(torch.ones(tokens, 256), codes, book)
     digits = 2 if name == "planes 8" else 1  # decoded from two-level digits, two a weight
-    assert 0 < 4 * largest.numbers <= digits * cpu.WORKSPACE * (cpu.MANY_ROWS_FACTOR if tokens > 16 else 1)
+    assert 0 < largest.bytes <= digits * limit * (cpu.MANY_ROWS_FACTOR if tokens > 16 else 1)
 
 
 def test_compiled_path_is_the_same_sum(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    cpu._compiled.cache_clear()
+    folded._compiled.cache_clear()
     for name in ("lattice 4", "planes 4"):
         codes, D = packed(book_of(name), 33, 130)
         for rows in (1, 2):
             x = torch.randn(rows, 130, generator=torch.Generator().manual_seed(1))
             assert relative(cpu.product(x, codes, book_of(name), compiled=True), x @ D.T) < 1e-5
-    cpu._compiled.cache_clear()
+    folded._compiled.cache_clear()
 
 
 def test_a_graph_of_a_whole_model_is_short():
@@ -353,7 +428,7 @@ def test_compiler_that_fails_is_named_once_and_replaced(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(cpu, "_failed", set())
-    cpu._compiled.cache_clear()
+    folded._compiled.cache_clear()
     codes, D = packed(book_of("planes 4"), 33, 130)
     x = torch.ones(1, 130)
     with pytest.warns(RuntimeWarning, match="no C[+][+] compiler found"):
@@ -480,7 +555,7 @@ def test_lack_of_memory_is_not_hidden(monkeypatch):
 WITHOUT_TRITON = """
 import sys, warnings
 import torch
-from lcqat_min import cpu, kernels
+from lcqat_min import cpu, folded, kernels
 from lcqat_min.codebook import scalar
 assert "triton" not in sys.modules, "importing the kernels imported triton"
 assert not torch.cuda.is_initialized(), "importing the kernels touched a driver"
