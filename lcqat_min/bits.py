@@ -70,14 +70,17 @@ class Bits:
         return "\n".join([*rows, total, weight])
 
 
-def bits_per_weight(model: nn.Module) -> Bits:
-    """Count the bits that `model` takes on file. It may be in training, packed, or not quantized at all."""
+def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
+    """Count the bits that `model` takes on file. It may be in training, packed, or not quantized at all.
+
+    dtype: that unquantized parameters are saved in; their own where none is given.
+    """
     parts = dict.fromkeys((*QUANTIZED, "linear layers", "embeddings", "other"), 0)
     forms = forms_of(model)
     counted: set[int] = set()
     for name, form in forms.items():
-        for key, (dtype, shape) in form.tensors(name).items():
-            parts[PART_OF[key]] += 8 * dtype.itemsize * torch.Size(shape).numel()
+        for key, (stored, shape) in form.tensors(name).items():
+            parts[PART_OF[key]] += 8 * stored.itemsize * torch.Size(shape).numel()
         counted |= {id(p) for key, p in model.get_submodule(name).named_parameters() if key != "bias"}
     linear = {id(layer.weight): layer.weight.numel() for _, layer in linear_layers(model)}
     embeddings = _embeddings(model)
@@ -85,7 +88,7 @@ def bits_per_weight(model: nn.Module) -> Bits:
     for p in model.parameters():
         if id(p) not in counted:
             part = "linear layers" if id(p) in linear else "embeddings" if id(p) in embeddings else "other"
-            parts[part] += 8 * p.numel() * p.element_size()
+            parts[part] += 8 * p.numel() * (dtype or p.dtype).itemsize
             parameters += p.numel()
     return Bits(parts, weights or sum(linear.values()), parameters)
 

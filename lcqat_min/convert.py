@@ -16,6 +16,7 @@ then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,8 @@ from .lloyd import fit
 from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
 from .rotate import random_signs
 
+METHOD = "lcqat_min.hf"  # `quant_method` in config.json: also the module that teaches transformers to read it
+IN_TRAINING = {"quant_method": METHOD, "version": "in training"}
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass of the model
 
 
@@ -53,9 +56,10 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
     """Quantize `model` in place from calibration batches of token ids [B, T]; one report a layer.
 
     Nothing is swapped before all layers are rounded, so an error leaves the model as it was. Afterwards save it
-    with pack.save_packed or a checkpoint of `train`: save_pretrained knows nothing of these layers. Batches hold no
-    padding. `progress` may wrap the loop over layers (tqdm.tqdm). Raises ValueError for weights or inputs that are
-    not finite, for a model without linear layers and for one that is quantized already, naming the layer.
+    with pack.save_packed or a checkpoint of `train`: save_pretrained knows nothing of these layers, and the model's
+    config is marked, so that what it writes is refused rather than loaded half. Batches hold no padding. `progress`
+    may wrap the loop over layers (tqdm.tqdm). Raises ValueError for weights or inputs that are not finite, for a
+    model without linear layers and for one that is quantized already, naming the layer.
     """
     layers = dict(linear_layers(model, config.skip))
     if not layers:
@@ -92,7 +96,21 @@ def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tens
         reports.append(LayerReport(name, shape, share, factor.damping, dead, moments.tokens))
     for name, layer in made.items():
         model.set_submodule(name, layer)
+    mark(model)
     return reports
+
+
+def mark(model: nn.Module) -> None:
+    """Say in a transformers model's config that its layers are in training: its architecture has others.
+
+    In a config of its own: another model, its teacher perhaps, may have been built from the same one.
+    """
+    if (shared := getattr(model, "config", None)) is not None:
+        own = copy.copy(shared)
+        own.quantization_config = dict(IN_TRAINING)
+        for module in model.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
@@ -23,12 +24,12 @@ TITLE = "# A model packed by lcqat-min"
 
 
 def write_folder(
-    model: nn.Module, tensors: dict[str, Tensor], folder: Path, complete: Callable[[Path], None]
+    model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype, complete: Callable[[Path], None]
 ) -> None:
     """Write configuration and `tensors` of a transformers model; `complete` may add files and change them.
 
-    complete(part): part is where they lie before they are moved in. ValueError, before anything is written, for a file
-    or a folder of something else.
+    dtype: to load it in. complete(part): part is where they lie before they are moved in. ValueError, before
+    anything is written, for a file or a folder of something else.
     """
     from safetensors.torch import save_file
 
@@ -42,7 +43,7 @@ def write_folder(
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
             part = Path(name)
             config = copy.deepcopy(model.config)
-            config.architectures, config.dtype = [type(model).__name__], model.dtype
+            config.architectures, config.dtype = [type(model).__name__], dtype
             config.save_pretrained(part)
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(part)

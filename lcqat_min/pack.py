@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .bits import Bits, CodeStats, bits_per_weight, code_stats, codes_of
+from .convert import IN_TRAINING, METHOD, mark
 from .folder import BEFORE, TITLE, WEIGHTS, write_folder
 from .packed import Form, PackedLinear
 from .storage import pack_layers, to_storage_precision, unpack_layers
@@ -36,7 +37,6 @@ from .storage import pack_layers, to_storage_precision, unpack_layers
 __all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats", "codes_of", "export_dense",
            "load_packed", "save_packed", "to_storage_precision"]
 
-METHOD = "lcqat_min.hf"  # `quant_method`: also the module that teaches transformers to read the folder
 VERSION = 1
 AGAIN = "copy it again from where it was whole, or save the model again"
 README = """
@@ -51,26 +51,31 @@ weights of another shape than it expects.
 """
 
 
-def save_packed(model: nn.Module, folder: str | Path) -> Bits:
+def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Bits:
     """Write `model` (a transformers model, in training or packed) to `folder`; returns what it takes.
 
+    dtype: of what is not quantized (embeddings, norms, biases); as it is in the model where none is given. The
+    original's is a good choice: embeddings in fp32 can take more than all codes.
+
     The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
-    configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model without
-    quantized layers, for numbers that fp16 cannot hold, for a folder of something else; TypeError for a model
-    that is not of transformers.
+    configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model
+    without quantized layers or with layers that its configuration does not build, for numbers that fp16 cannot hold,
+    for a folder of something else; TypeError for a model that is not of transformers.
     """
-    model, tensors, layers = _parts(model)
+    model, tensors, layers, _ = _parts(model)
+    if dtype is not None:
+        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
     forms = {name: asdict(layer.form) for name, layer in layers.items()}
-    bits = bits_per_weight(model)
+    bits = bits_per_weight(model, dtype)
 
     def complete(part: Path) -> None:
         _configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
                           "sha256": _digest(forms, part / WEIGHTS)})
         (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
 
-    write_folder(model, tensors, Path(folder), complete)
+    write_folder(model, tensors, Path(folder), dtype or model.dtype, complete)
     return bits
 
 
@@ -94,6 +99,7 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
         model.requires_grad_(True)
         swap(model, unpack_layers({n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}))
         model.hf_quantizer.remove_quantization_config(model)
+        mark(model)
     return model
 
 
@@ -104,14 +110,12 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
     It is as large as before quantization. It gives the logits of the packed file where that dtype is fp32; a narrower
     one rounds the weights once more. Errors as in save_packed.
     """
-    model, tensors, layers = _parts(model)
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
+    model, tensors, layers, plain = _parts(model)
     for name, layer in layers.items():
         weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
         is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
         tensors[f"{name}.weight"] = weight if is_linear else weight.T
-    write_folder(model, tensors, Path(folder), lambda part: _configure(part, None))
+    write_folder(model, tensors, Path(folder), model.dtype, lambda part: _configure(part, None))
 
 
 def check(file: Path, settings: dict) -> dict[str, Form]:
@@ -125,6 +129,10 @@ def check(file: Path, settings: dict) -> dict[str, Form]:
         raise ValueError(f"{file.parent} is no packed model of lcqat_min (quant_method: "
                          f"{settings.get('quant_method')}). Load it with transformers, or give a folder that "
                          "save_packed wrote.")
+    if settings.get("version") == IN_TRAINING["version"]:
+        raise ValueError(f"{file.parent} was written by save_pretrained from a model in training, which transformers "
+                         f"cannot build. Quantize the original again with the same settings, load_state_dict {file}, "
+                         "and save_packed that.")
     if settings.get("version") != VERSION:
         raise ValueError(f"{file.parent} has format version {settings.get('version')}, this lcqat_min reads "
                          f"version {VERSION}: update lcqat_min")
@@ -156,9 +164,9 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, layer)
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, PackedLinear]]:
+def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, PackedLinear], nn.Module]:
     """The model itself (out of torch.compile's wrapper); tensors that stay as they are (embeddings, norms, biases,
-    ...), tied ones once; and packed layers."""
+    ...), tied ones once; packed layers; and the model unquantized, without numbers, as a loader builds it."""
     from transformers import PreTrainedModel
 
     model = getattr(model, "_orig_mod", model)
@@ -178,7 +186,13 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
                              "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again")
         if partner is None and (parent not in layers or leaf == "bias"):
             rest[key] = value
-    return model, rest, layers
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    known, saved = set(plain.state_dict()), {*rest, *(f"{name}.weight" for name in layers)}
+    if strange := sorted(saved - known) or sorted(known - saved - set(model.all_tied_weights_keys)):
+        raise ValueError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
+                         "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers).")
+    return model, rest, layers, plain
 
 
 def _digest(forms: dict[str, dict], file: Path) -> str:

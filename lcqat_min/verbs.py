@@ -53,7 +53,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     worst = max(reports, key=lambda report: report.loss)
     print(f"{len(reports)} layers; largest share of output lost: {worst.loss:.4f} in {worst.name}")
     _say_what_is_left(model)
-    print(save_packed(model, args.out))
+    print(save_packed(model, args.out, _dtype_of(args.model or BUNDLED)))
     tokenizer.save_pretrained(args.out)
     print(f"packed model: {args.out}")
 
@@ -87,10 +87,10 @@ def run_train(args: argparse.Namespace) -> None:
         train(
             student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
         )
-    after = kl_to(teacher, student, text.validation[:EVAL_TOKENS], window)
-    print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
-    print(save_packed(student, args.out))
+    print(save_packed(student, args.out, _dtype_of(args.folder)))
     tokenizer.save_pretrained(args.out)
+    after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), text.validation[:EVAL_TOKENS], window)
+    print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
     checkpoint.unlink(missing_ok=True)
     print(f"packed model: {args.out}")
 
@@ -131,6 +131,13 @@ def run_bits(args: argparse.Namespace) -> None:
     from .pack import bits_per_weight
 
     print(bits_per_weight(_any(args.folder, torch.device("cpu"))))
+
+
+def _dtype_of(name: str | Path) -> torch.dtype:
+    """What the numbers of a model are stored in. They are loaded in fp32, to be trained, and saved in that again."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(name), trust_remote_code=False).dtype or torch.float32
 
 
 def _window(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lcqat_min import QuantConfig, TrainConfig, quantize, train
+from lcqat_min.convert import IN_TRAINING
 from lcqat_min.digits import digits_of
 from lcqat_min.linear import QuantLinear
 from lcqat_min.pack import (
@@ -262,6 +263,38 @@ def test_a_head_that_was_untied_by_hand_is_not_lost(planes, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("write", [save_packed, export_dense])
+def test_a_wrapped_layer_is_refused_rather_than_lost(write, planes, tmp_path):
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module):
+            super().__init__()
+            self.base, self.scale = base, torch.nn.Parameter(torch.ones(()))
+
+    planes.model.layers[0].mlp.up_proj = Adapter(planes.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match="'model.layers.0.mlp.up_proj.base.weight' first: loaded again.*Merge or rem"):
+        write(planes, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_save_pretrained_writes_of_a_model_in_training_is_refused_and_not_lost(tmp_path):
+    teacher = llama()
+    model = type(teacher)(teacher.config).eval()  # both built from one config, as people do
+    model.load_state_dict(teacher.state_dict())
+    quantize(model, [TOKENS], KINDS["planes"])
+    assert model.config is model.model.config and not hasattr(teacher.config, "quantization_config")
+    train(model, [TOKENS] * 3, TrainConfig(steps=3))
+    model.save_pretrained(tmp_path / "model")
+    for load in (load_packed, type(teacher).from_pretrained):
+        with pytest.raises(ValueError, match="by save_pretrained from a model in training.*Quantize the original ag"):
+            load(tmp_path / "model")
+    again = copy.deepcopy(teacher)
+    quantize(again, [TOKENS], KINDS["planes"])
+    again.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)  # the tied head is missing
+    assert torch.equal(logits(again), logits(model))
+    save_packed(again, tmp_path / "packed")
+    load_packed(tmp_path / "packed")
+
+
 def test_a_packed_model_is_quantized_already(planes, tmp_path):
     save_packed(planes, tmp_path / "model")
     with pytest.raises(ValueError, match="this model is quantized already"):
@@ -299,7 +332,7 @@ def test_training_goes_on_from_the_file(kind, ready, tmp_path):
     model = ready("llama", kind)
     save_packed(model, tmp_path / "model")
     loaded = load_packed(tmp_path / "model", trainable=True)
-    assert not hasattr(loaded.config, "quantization_config")
+    assert loaded.config.quantization_config == IN_TRAINING
 
     def loss(m: torch.nn.Module) -> torch.Tensor:
         return m(input_ids=TOKENS, labels=TOKENS).loss
@@ -341,6 +374,21 @@ def test_bits_agree_with_the_bytes_on_file(kind, ready, tmp_path):
     assert bits.per_weight == 8 * own / weights
     unquantized = sum(p.numel() for p in llama(27, 45, tied=False).parameters())
     assert bits.per_parameter == 8 * bits.bytes / unquantized
+
+
+@pytest.mark.parametrize("kind", ["planes", "table"])
+def test_unquantized_parts_are_saved_in_the_dtype_asked_for(kind, ready, tmp_path):
+    model = ready("odd", kind)
+    bits = save_packed(model, tmp_path / "half", torch.bfloat16)
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert bits.bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert {tensor.dtype for name, tensor in stored.items() if "embed" in name or "norm" in name} == {torch.bfloat16}
+    assert next(model.parameters()).dtype == torch.float32
+    loaded = load_packed(tmp_path / "half", trainable=True)
+    assert bits == bits_per_weight(load_packed(tmp_path / "half")) and loaded.config.dtype == torch.bfloat16
+    layer, same = (next(m for m in one.modules() if isinstance(m, QuantLinear)) for one in (model, loaded))
+    assert torch.equal(layer.codes(), same.codes()) and same.col_scale.dtype == torch.float32
+    assert largest_difference(model, loaded.float()) < 0.02  # embeddings and norms of 8 bits
 
 
 @pytest.mark.parametrize("width, most", [(256, 2.3), (768, 2.3), (2048, 2.05)])

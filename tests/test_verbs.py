@@ -40,6 +40,18 @@ def test_the_way_there_and_back(place, packed, capsys):
     assert texts[0] == texts[1]
 
 
+def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path):
+    model, tokenizer = load(place / "model")
+    for part in (model.bfloat16(), tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    args = ["--model", tmp_path / "half", "--text", place / "text.txt", "--tokens", 512, "--codebook", "lattice"]
+    assert call("quantize", *args, "--out", tmp_path / "packed") == 0
+    args = ["--teacher", tmp_path / "half", "--text", place / "text.txt", "--tokens", 1024]
+    assert call("train", tmp_path / "packed", *args, "--out", tmp_path / "trained") == 0
+    for folder in ("packed", "trained"):
+        assert load_packed(tmp_path / folder).dtype == torch.bfloat16
+
+
 def test_bits_of_packed_and_plain(place, packed, capsys):
     assert call("bits", packed) == 0
     assert "bits a weight" in capsys.readouterr().out
