@@ -71,7 +71,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
-        return _quantize(model, layers, _checked(batches), config, progress)
+        return _quantize(model, layers, _checked(batches, model), config, progress)
 
 
 def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor], config: QuantConfig,
@@ -148,13 +148,22 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantLinear) or type(module).__name__ == "PackedLinear" for module in model.modules())
 
 
-def _checked(batches: Iterable[Tensor]) -> list[Tensor]:
+def check_batch(batch: Tensor, model: nn.Module, what: str) -> None:
+    """ValueError for a batch that is no integers [B, T], or holds tokens that the model does not have."""
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+        got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for "
+                         "one tensor of windows [n, T] that is windows.split(8)")
+    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    if words and batch.numel() and not 0 <= batch.min() <= batch.max() < words:
+        raise ValueError(f"a {what} batch holds tokens from {batch.min()} to {batch.max()}, the model knows 0 to "
+                         f"{words - 1}: encode the text with this model's own tokenizer")
+
+
+def _checked(batches: Iterable[Tensor], model: nn.Module) -> list[Tensor]:
     batches = list(batches)
     for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"a calibration batch is {got}; give batches of token ids, integers [B, T]: for "
-                             "one tensor of windows [n, T] that is windows.split(8)")
+        check_batch(batch, model, "calibration")
     if not sum(batch.numel() for batch in batches):
         raise ValueError("there are no calibration tokens: give at least one batch of token ids [B, T]")
     return batches

@@ -116,13 +116,21 @@ def _local_pieces(path: Path) -> list[str]:
     pieces = []
     for file in files:
         piece = ""
-        for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="ignore")):
+        for paragraph in re.split(r"\n\s*\n", _utf8(file)):
             piece = f"{piece}\n\n{paragraph}" if piece else paragraph
             if len(piece) >= PIECE_CHARS:
                 pieces.append(piece)
                 piece = ""
         pieces.append(piece)
     return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8, for instance by "
+                         "iconv -f latin1 -t utf8, or leave it out") from error
 
 
 def _wikitext2() -> dict[str, list[str]]:

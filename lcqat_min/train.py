@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Run, agree
-from .convert import quant_layers
+from .convert import check_batch, quant_layers
 from .distillation import distillation_loss
 from .evaluate import keep_modes
 from .linear import AffineLinear, StepLinear
@@ -70,6 +70,9 @@ class TrainConfig:
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise ValueError(f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares of the "
                              "steps: 0 or more each, and together at most 1")
+        rates = (self.lr_latents, self.lr_scales, self.lr_codebooks, self.lr_rest)
+        if not all(rate >= 0 for rate in rates):
+            raise ValueError(f"TrainConfig: learning rates {rates} must be 0 (frozen) or more")
         if self.clip <= 0:
             raise ValueError(f"TrainConfig.clip is {self.clip}; it must be above 0 (inf: do not clip)")
 
@@ -120,7 +123,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
-            loss = _loss(loop_model, _checked(batch).to(run.device), teacher)
+            check_batch(batch, model, "training")
+            loss = _loss(loop_model, batch.to(run.device), teacher)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
             accelerator.backward(loss)
@@ -154,12 +158,6 @@ def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
                          "takes one: give larger batches, or more processes")
-
-
-def _checked(batch: Tensor) -> Tensor:
-    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-        raise ValueError("a training batch must be a tensor of token ids, integers [B, T]: see text.batches")
-    return batch
 
 
 class _OneProcess:

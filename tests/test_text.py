@@ -157,6 +157,14 @@ def test_real_tokenizer_restores_the_text():
 # ------------------------------------------------------------------------------------------------ cache
 
 
+def test_text_in_another_encoding_is_named_rather_than_thinned(tmp_path):
+    (tmp_path / "good.txt").write_bytes("caf\u00e9".encode("utf-8-sig"))
+    assert text._local_pieces(tmp_path) == ["caf\u00e9"]  # a byte-order mark is no letter
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8 .*iconv"):
+        text.load_text(str(tmp_path), CharTokenizer())
+
+
 def test_cache_gives_the_same_ids_without_reading_again(fake_package, tmp_path, monkeypatch):
     first = text.load_text("docstrings", CharTokenizer(), cache_dir=tmp_path / "cache")
     monkeypatch.setattr(text, "documents", lambda source: pytest.fail("read again"))

@@ -638,8 +638,26 @@ def test_nothing_to_distil_is_named(pair):
 @pytest.mark.parametrize("batch", [torch.zeros(8, dtype=torch.long), torch.zeros(2, 8), {"input_ids": None}])
 def test_batches_that_are_none_are_named(pair, batch):
     teacher, model = pair("planes")
-    with pytest.raises(ValueError, match="must be a tensor of token ids"):
+    with pytest.raises(ValueError, match="a training batch is .*; give batches of token ids"):
         train(model, [batch], TrainConfig(1), teacher)
+
+
+def test_tokens_of_another_tokenizer_are_named(pair):
+    teacher, model = pair("planes")
+    words = model.config.vocab_size
+    for batch, what in ((torch.tensor([[0, words]]), f"to {words}, the model knows 0 to {words - 1}"),
+                        (torch.tensor([[-1, 3]]), "from -1 to 3")):
+        with pytest.raises(ValueError, match=f"a training batch holds tokens .*{what}"):
+            train(model, [batch], TrainConfig(1), teacher)
+        with pytest.raises(ValueError, match=f"a calibration batch holds tokens .*{what}"):
+            quantize(copy.deepcopy(teacher), [batch], QuantConfig())
+
+
+@pytest.mark.parametrize("rate", ["lr_latents", "lr_scales", "lr_codebooks", "lr_rest"])
+@pytest.mark.parametrize("value", [-1e-4, float("nan")])
+def test_rates_below_nothing_are_refused(rate, value):
+    with pytest.raises(ValueError, match="learning rates .* must be 0"):
+        TrainConfig(1, **{rate: value})
 
 
 def test_processes_that_resume_apart_are_told(monkeypatch):
