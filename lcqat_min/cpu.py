@@ -27,6 +27,7 @@ from .digits import digits_of, index_of
 from .folded import MOST_BYTES, by_compiled_planes, by_integers, by_planes, by_sums, multiplies_bytes
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
+INTEGERS_PAY = 1 << 18  # bytes of codes: below, folded.by_integers' many steps cost more than the lookups of others
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
 MANY_ROWS_FACTOR = 8  # times the workspace
 
@@ -105,7 +106,7 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
 
 def _suits_integers(codes: Tensor) -> bool:
     numbers = codes.device.type == "cpu" and type(codes) is Tensor  # not the fake tensors that programs are traced with
-    return numbers and codes.shape[1] <= MOST_BYTES and multiplies_bytes()
+    return numbers and codes.numel() >= INTEGERS_PAY and codes.shape[1] <= MOST_BYTES and multiplies_bytes()
 
 
 def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:

@@ -6,19 +6,23 @@ With D = A q + b for each vector of d weights, q its k digits, and x_g the input
 
 so A goes into x once, for all rows of D (`fold`), and what is left multiplies digits. No free table can do that.
 Digits lie in bytes, four of four levels or eight of two. To take one out, one AND is enough: it stays where it is in
-its byte, 2^s times too large, and the folded x pays for that with a factor 2^-s. Three ways on from there:
+its byte, as v = 2^s c for a digit c = 0 ... L - 1 at shift s. Since q = alpha c - beta,
 
-integers   The masked bytes are operands already, if x becomes integer as well: 31 bits on a scale of its own, in four
-           *limbs* of 8 bits. Products of bytes and their sums are exact, and processors have an instruction for them
-           (VNNI). The kernels for GPUs do the same (kernels.py).
-sums       On other processors, for one row of x: what a byte can add to y is one of 256 sums of its digits times
-           their folded inputs. Make these sums once for each place of a byte, and a row of y is `in / 4` lookups of
-           one number and a sum (T-MAC, arXiv 2407.00088, for 2-bit grids).
-planes     Masked bytes converted to fp32, times the plane of x of their digit. For a compiler that makes one pass
-           over the bytes of all these operations, and of no use without one.
+             q x' = f (v + o)        f = alpha 2^-s x',    o = -(beta / alpha) 2^s
 
-Gives up: each small step of a chunk ends before the next begins; no SIMD lookup as in hand-written kernels. All that
-is exact in fp32 above is so to about six digits, as the order of summation differs.
+with f made once for all rows of D, and o the same for all bytes. Three ways on from there:
+
+integers   v is an operand already, if f becomes integer as well: 31 bits on a scale of its own, in four *limbs* of 8
+           bits. Processors have an instruction that multiplies bytes and adds up (VNNI). No sum can overflow 32 bits
+           (MOST_BYTES), so all are exact: only folding, the step to integers and the result are rounded, to about
+           seven digits of the largest input. The kernels for GPUs do the same (kernels.py).
+sums       On other processors, for one row of x: what a byte can add to y is one of 256 sums of f (v + o). Make these
+           sums once for each place of a byte, and a row of y is `in / 4` lookups of one number and a sum (T-MAC,
+           arXiv 2407.00088, for 2-bit grids).
+planes     v converted to fp32, times the plane of f of its digit. For a compiler that makes one pass over the bytes
+           of all these operations, and of no use without one.
+
+Gives up: each small step of a chunk ends before the next begins; no SIMD lookup as in hand-written kernels.
 """
 
 from __future__ import annotations
@@ -39,17 +43,14 @@ BYTES_OF_128 = 0x80808080 - (1 << 32)  # as int32
 
 
 def fold(x: Tensor, row_bytes: int, book: AffineCodebook, signed: bool = False) -> tuple[Tensor, Tensor]:
-    """A folded into x: fp32 [M, in] -> fp32 [M, bytes, parts], the factor of every part of a byte; a constant [M].
+    """A folded into x: fp32 [M, in] -> f fp32 [M, bytes, parts], one for each part of a byte, and sum_g b^T x_g, [M].
 
-    A digit j of `levels` at shift s in its byte is c_j = (byte & mask_j) / 2^s = 0 ... levels - 1, and
-    q_j = alpha c_j - beta, so  sum_j q_j x'_j = sum_j (alpha 2^-s x'_j) (byte & mask_j) - beta sum_j x'_j
-    with x' = A^T x. Parts are digits; or, where bytes are read as signed, those of `_masks`.
+    Parts are digits; or, where bytes are read as signed, those of `_masks`.
     """
-    planes, beta = (4, 1.5) if book.levels == 4 else (8, 1.0)
+    planes = 4 if book.levels == 4 else 8
     vectors = _padded(x, -(-x.shape[1] // book.dim) * book.dim).unflatten(1, (-1, book.dim))
-    constant = vectors.sum(1) @ torch.add(book.b, book.A.sum(1), alpha=-beta)
     digits = _padded((vectors @ book.A).flatten(1), row_bytes * planes).view(len(x), row_bytes, planes)
-    return digits @ _factors(planes, signed, x.device), constant
+    return digits @ _factors(planes, signed, x.device), vectors.sum(1) @ book.b
 
 
 @lru_cache(maxsize=1)
@@ -67,34 +68,44 @@ def multiplies_bytes() -> bool:
 def by_integers(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
     """D x for a CPU that `multiplies_bytes` and rows of at most MOST_BYTES: as in cpu.product."""
     folded, constant = fold(x, codes.shape[1], book, signed=True)
-    masks = _byte_masks(folded.shape[2])
-    limbs, unit = to_limbs(folded)
+    parts = folded.shape[2]
+    whole, unit = to_integers(folded)
+    limbs = to_limbs(whole)
     sums = limbs.new_empty(len(codes), limbs.shape[1], dtype=torch.int32)
-    digits = codes.new_empty(max(1, DIGITS // len(limbs)), len(masks), codes.shape[1])
+    digits = codes.new_empty(max(1, DIGITS // len(limbs)), parts, codes.shape[1])
     signed = digits.view(torch.int8).flatten(1)
-    for part, into in zip(codes.split(len(digits)), sums.split(len(digits)), strict=True):
-        torch.bitwise_and(part[:, None], masks, out=digits[: len(part)])
-        torch._int_mm(signed[: len(part)], limbs, out=into)
-    whole = sums.double().view(len(codes), len(x), 4) @ _limb_units()
-    return torch.addcmul(constant, whole.float(), unit).T
+    for some, into in zip(codes.split(len(digits)), sums.split(len(digits)), strict=True):
+        torch.bitwise_and(some[:, None], _byte_masks(parts), out=digits[: len(some)])
+        torch._int_mm(signed[: len(some)], limbs, out=into)
+    total = sums.double().view(len(codes), len(x), 4) @ _limb_units()
+    total += whole.sum(1).double() @ _offsets(parts, True, x.device).double()
+    return (total * unit + constant).float().T
 
 
-def to_limbs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x fp32 [M, bytes, parts] as integers: int8 [parts * bytes, 4 M], and the unit of each row of x, fp32 [M].
+def to_integers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x fp32 [M, ...] -> int32 [M, ...] and the unit of each row of x, fp32 [M], that they are multiples of.
 
-    x_m = unit_m (l_0 + 256 l_1 + 256^2 l_2 + 256^3 l_3), columns 4 m to 4 m + 3, but for 2^-31 max |x_m| at most.
+    The unit is a power of two, so that dividing is exact: half a unit, 2^-30 max |x_m|, is lost at most.
     """
-    unit = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1).clamp_(min=1e-30).div_(2.0**30)
-    whole = (x / unit[:, None, None]).round_().int()
+    largest = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1).clamp_(min=2.0**-90)
+    unit = largest / torch.frexp(largest).mantissa * 2.0**-30
+    return (x / unit.view(-1, *[1] * (x.ndim - 1))).round_().int(), unit
+
+
+def to_limbs(whole: Tensor) -> Tensor:
+    """int32 [M, bytes, parts] -> int8 [parts * bytes, 4 M]: columns 4 m to 4 m + 3 are l_0 ... l_3 of row m in
+
+    whole_m = l_0 + 256 l_1 + 256^2 l_2 + 256^3 l_3.
+    """
     # With 128 added to every byte at once, then taken off each byte by itself, digits of base 256 are -128 ... 127.
-    limbs = whole.add_(BYTES_OF_128).bitwise_xor_(BYTES_OF_128).permute(2, 1, 0)
-    return limbs.clone(memory_format=torch.contiguous_format).view(-1, len(x)).view(torch.int8), unit
+    limbs = ((whole + BYTES_OF_128) ^ BYTES_OF_128).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+    return limbs.view(-1, len(whole)).view(torch.int8)
 
 
 def by_sums(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor:
     """D x for one row of x: as in cpu.product."""
     folded, constant = fold(x, codes.shape[1], book)
-    sums = (folded[0] @ _masked_bytes(folded.shape[2], x.device)).flatten()  # [bytes * 256]: 256 for each place
+    sums = (folded[0] @ _centred_bytes(folded.shape[2], x.device)).flatten()  # [bytes * 256]: 256 for each place
     first = 256 * torch.arange(codes.shape[1], dtype=torch.int32, device=x.device)
     y = x.new_empty(len(codes))
     rows = max(1, LOOKUPS // codes.shape[1])
@@ -122,6 +133,7 @@ def by_compiled_planes(x: Tensor, codes: Tensor, book: AffineCodebook) -> Tensor
 
 def _planes(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Tensor]:
     folded, constant = fold(x, row_bytes, book)
+    constant = constant + folded.sum(1) @ _offsets(folded.shape[2], False, x.device)
     return folded.permute(2, 0, 1).contiguous(), constant
 
 
@@ -159,6 +171,16 @@ def _factors(planes: int, signed: bool, device: torch.device) -> Tensor:
 
 
 @made_once
+def _offsets(parts: int, signed: bool, device: torch.device) -> Tensor:
+    """o of every part, fp32 [parts]. Of a digit in two parts, the second has it."""
+    planes, beta = (8, 1.0) if parts == 8 else (4, 1.5)
+    offsets = -beta / _factors(planes, signed, device).sum(0)
+    if parts == 5:
+        offsets[0] = 0.0
+    return offsets
+
+
+@made_once
 def _byte_masks(parts: int) -> Tensor:
     """Masks of the parts of signed bytes, uint8 [parts, 1]: five of four levels, eight of two."""
     return torch.tensor(_masks(4 if parts == 5 else 8, signed=True), dtype=torch.uint8, device="cpu")[:, None]
@@ -171,10 +193,10 @@ def _limb_units() -> Tensor:
 
 
 @made_once
-def _masked_bytes(planes: int, device: torch.device) -> Tensor:
-    """byte & mask of every digit and byte, fp32 [planes, 256]."""
+def _centred_bytes(planes: int, device: torch.device) -> Tensor:
+    """v + o of every digit and byte, fp32 [planes, 256]."""
     masks = torch.tensor(_masks(planes), device=device)[:, None]
-    return (torch.arange(256, device=device) & masks).float()
+    return (torch.arange(256, device=device) & masks) + _offsets(planes, False, device)[:, None]
 
 
 def _padded(x: Tensor, columns: int) -> Tensor:

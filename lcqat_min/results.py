@@ -28,7 +28,7 @@ class Results:
             self.data = read_results(path)
             if self.data["meta"]["config"] != config:
                 raise ValueError(
-                    f"{path} was made with other settings: {_difference(self.data['meta']['config'], config)}. "
+                    f"{path} was made with other settings: {difference(self.data['meta']['config'], config)}. "
                     "Resume with the same ones, or start a new run."
                 )
         else:
@@ -113,6 +113,7 @@ def _commit() -> str | None:
         return None
 
 
-def _difference(old: dict, new: dict) -> str:
+def difference(old: dict, new: dict) -> str:
+    """Where two settings differ, in words."""
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}" for key in keys)

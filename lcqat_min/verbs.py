@@ -12,6 +12,7 @@ Each function takes the parsed arguments of cli.py and prints what it did.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .convert import linear_layers, quant_layers, quantize
 from .evaluate import kl_to
 from .hub import BUNDLED, choose_device, load
 from .ptq import QuantConfig
+from .results import difference, write_json
 from .text import batches, load_text, sample_windows
 from .train import TrainConfig, train
 
@@ -81,8 +83,8 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"note: the model is {before:.1f} nats a token from {args.teacher or BUNDLED}. Is that what it was made "
               "from? --teacher names another.")
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
-    if checkpoint.exists():
-        print(f"going on from {checkpoint}; teacher, text and seed should be those that it was begun with")
+    settings = {"teacher": str(args.teacher or BUNDLED), "text": args.text, "tokens": args.tokens, "seed": args.seed}
+    begun = _same_run(checkpoint, settings)
     with tqdm(total=config.steps, disable=_quiet(), unit="step") as bar:
         train(
             student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
@@ -91,7 +93,8 @@ def run_train(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
     after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), text.validation[:EVAL_TOKENS], window)
     print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
-    checkpoint.unlink(missing_ok=True)
+    for file in (checkpoint, begun):
+        file.unlink(missing_ok=True)
     print(f"packed model: {args.out}")
 
 
@@ -143,6 +146,19 @@ def _dtype_of(name: str | Path) -> torch.dtype:
 def _window(model: nn.Module) -> int:
     """Tokens of a window: WINDOW, or fewer for a model that reads fewer."""
     return min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+
+
+def _same_run(checkpoint: Path, settings: dict) -> Path:
+    """Write beside a checkpoint what its run was begun with; ValueError where that was something else."""
+    begun = checkpoint.with_suffix(".json")
+    if checkpoint.exists():
+        before = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else settings
+        if before != settings:
+            raise ValueError(f"{checkpoint} is of a run with other settings ({difference(before, settings)}): give "
+                             "those, or remove it to begin anew")
+        print(f"going on from {checkpoint}")
+    write_json(begun, settings)
+    return begun
 
 
 def _say_what_is_left(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ def test_packed_products_on_a_cpu():
     affine = {name for _, name, _, _ in ratio if name != "table d=4"}
     for name in affine:
         assert all(ratio[out, name, "compiled", 1] < 1 for out in (2048, 11008))
-        assert all(ratio[11008, name, "eager", batch] < 1 for batch in (4, 16))
+        assert max(ratio[2048, name, "eager", 4], ratio[11008, name, "eager", 4], ratio[11008, name, "eager", 16]) < 1
         assert all(ratio[out, name, "eager", batch] < ratio[out, "table d=4", "eager", batch]
                    for out in (2048, 11008) for batch in (1, 4, 16))
 

@@ -280,6 +280,7 @@ NUMBERS = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
 def processor(request, monkeypatch):
     """With an instruction for products of bytes, and without; chunks so small that there are several."""
     monkeypatch.setattr(cpu, "multiplies_bytes", lambda: request.param)
+    monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
     monkeypatch.setattr(cpu, "WORKSPACE", 4000)
     monkeypatch.setattr(folded, "DIGITS", 3000)
     monkeypatch.setattr(folded, "LOOKUPS", 300)
@@ -302,28 +303,31 @@ def test_torch_product_equals_the_dense_one(name, processor):
 
 @pytest.mark.parametrize("name", ["lattice 4", "planes 4", "planes 8"])
 def test_who_multiplies_on_a_cpu(name, monkeypatch):
-    """Integers for few rows where the processor has them, sums for one row elsewhere, decoding for all else."""
+    """Integers for few rows and many codes where the processor has them, sums for one row elsewhere, or decoding."""
     asked = []
     for way in ("by_integers", "by_sums", "_by_decoding"):
         monkeypatch.setattr(cpu, way, lambda x, codes, book, way=way: asked.append(way) or x.new_zeros(len(x), 8))
     codes, _ = packed(book_of(name), 8, 64)
-    for has_bytes in (True, False):
+    for has_bytes, pays in ((True, codes.numel()), (True, codes.numel() + 1), (False, 0)):
+        monkeypatch.setattr(cpu, "INTEGERS_PAY", pays)
         monkeypatch.setattr(cpu, "multiplies_bytes", lambda has_bytes=has_bytes: has_bytes)
         for tokens in (0, 1, cpu.FEW_ROWS, cpu.FEW_ROWS + 1):
             cpu.product(torch.ones(tokens, 64), codes, book_of(name))
     decoding = "_by_decoding"
-    assert asked == [decoding, "by_integers", "by_integers", decoding, decoding, "by_sums", decoding, decoding]
+    otherwise = [decoding, "by_sums", decoding, decoding]
+    assert asked == [decoding, "by_integers", "by_integers", decoding, *otherwise, *otherwise]
 
 
 @given(values=st.lists(NUMBERS, min_size=1, max_size=9), exponent=st.integers(-20, 0))
-def test_limbs_are_the_number_but_for_2_to_the_minus_31(values, exponent):
+def test_integers_and_limbs_are_the_number_but_for_half_a_unit(values, exponent):
     x = torch.tensor([values, [value * 2.0**exponent for value in values]]).unsqueeze(2)  # [2, bytes, 1]
-    limbs, unit = folded.to_limbs(x)
+    whole, unit = folded.to_integers(x)
+    error = (whole.double() * unit.double()[:, None, None] - x.double()).abs().amax((1, 2))
+    assert (error <= 2.0**-30 * x.abs().amax((1, 2)).double() + 2.0**-119).all()
+    limbs = folded.to_limbs(whole)
     assert limbs.dtype == torch.int8 and limbs.shape == (len(values), 8)
-    whole = limbs.double().view(-1, 2, 4) @ 256.0 ** torch.arange(4, dtype=torch.float64)
-    error = (whole.T * unit.double()[:, None] - x[:, :, 0].double()).abs()
-    largest = x.abs().amax((1, 2)).double()
-    assert (error <= (2.0**-31 + 2.0**-24) * largest[:, None] + 1e-30).all()  # and fp32's own rounding
+    again = limbs.double().view(-1, 2, 4) @ 256.0 ** torch.arange(4, dtype=torch.float64)
+    assert again.equal(whole[:, :, 0].T.double())
 
 
 @needs_bytes
@@ -349,6 +353,18 @@ def test_integers_beside_an_outlier():
     assert (error <= 1e-6 * size(x, book)).all() and error[1].max() < 2e-4  # the other row has a scale of its own
 
 
+@pytest.mark.parametrize("way", [pytest.param("by_integers", marks=needs_bytes), "by_sums"])
+@pytest.mark.parametrize("name", ["scalar", "lattice 4", "planes 4", "planes 8"])
+def test_inputs_that_are_not_centred_cost_no_digits(name, way):
+    """Digits from 0 to L - 1 would make large sums of large inputs, and a constant as large to take off."""
+    book = book_of(name)
+    codes, D = packed(book, 64, 4096)
+    x = 1 + 0.1 * torch.randn(1, 4096, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ D.double().T
+    dense = relative(x @ D.T, expected)
+    assert relative(getattr(folded, way)(x, codes, book), expected) < max(2 * dense, 5e-7)
+
+
 @needs_bytes
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_integers_show_what_is_not_finite_in_its_row_only(bad):
@@ -359,11 +375,12 @@ def test_integers_show_what_is_not_finite_in_its_row_only(bad):
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
-def test_fake_tensors_ask_no_processor():
+def test_fake_tensors_ask_no_processor(monkeypatch):
     """Programs are traced with tensors that have no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for constant in (folded.multiplies_bytes, folded._factors, folded._masked_bytes):
+    monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
+    for constant in (folded.multiplies_bytes, folded._factors, folded._offsets, folded._centred_bytes):
         constant.cache_clear()
     with FakeTensorMode():
         x, codes = torch.zeros(1, 64), torch.zeros(8, 16, dtype=torch.uint8)
@@ -388,6 +405,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_no_dense_weight_on_the_cpu(name, tokens, has_bytes, monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_bytes", lambda: has_bytes)
+    monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
     monkeypatch.setattr(cpu, "WORKSPACE", limit := 1 << 17)
     monkeypatch.setattr(folded, "DIGITS", limit)
     monkeypatch.setattr(folded, "LOOKUPS", limit // 4)

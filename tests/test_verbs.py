@@ -138,8 +138,11 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
         assert call("train", packed, *args) == 130
     found = capsys.readouterr()
     assert "Is that what it was made from? --teacher names another" in found.out and "last checkpoint" in found.err
+    assert call("train", packed, *args, "--seed", 1) == 2
+    assert "is of a run with other settings (seed was 0, is 1): give those, or remove it" in capsys.readouterr().err
     assert call("train", packed, *args) == 0
     assert "going on from" in capsys.readouterr().out and steps == [1]
+    assert not list(tmp_path.glob("out.checkpoint*"))
 
 
 def test_a_context_shorter_than_the_window_is_kept_to(tiny_llama):
