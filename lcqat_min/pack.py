@@ -64,7 +64,7 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     """
     model, tensors, layers, _ = _parts(model)
     if dtype is not None:
-        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+        tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
     forms = {name: asdict(layer.form) for name, layer in layers.items()}
@@ -193,6 +193,16 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
         raise ValueError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
                          "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers).")
     return model, rest, layers, plain
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    largest = value.abs().max().item() if value.numel() else 0.0
+    if torch.finfo(dtype).max < largest < float("inf"):
+        raise ValueError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or "
+                         "torch.float32")
+    return value.to(dtype)
 
 
 def _digest(forms: dict[str, dict], file: Path) -> str:

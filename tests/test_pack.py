@@ -391,6 +391,15 @@ def test_unquantized_parts_are_saved_in_the_dtype_asked_for(kind, ready, tmp_pat
     assert largest_difference(model, loaded.float()) < 0.02  # embeddings and norms of 8 bits
 
 
+def test_embeddings_that_fp16_cannot_hold_are_refused(planes, tmp_path):
+    with torch.no_grad():
+        planes.model.embed_tokens.weight[3, 4] = -1e5
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' reaches 100000, more than torch.float16 holds"):
+        save_packed(planes, tmp_path / "model", torch.float16)
+    assert not (tmp_path / "model").exists()
+    save_packed(planes, tmp_path / "model", torch.bfloat16)
+
+
 @pytest.mark.parametrize("width, most", [(256, 2.3), (768, 2.3), (2048, 2.05)])
 def test_promised_sizes(width, most):
     from lcqat_min.packed import Form
