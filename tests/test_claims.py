@@ -119,8 +119,9 @@ def test_packed_products_on_a_cpu():
     for name in affine:
         assert all(ratio[out, name, "compiled", 1] < 1 for out in (2048, 11008))
         assert max(ratio[2048, name, "eager", 4], ratio[11008, name, "eager", 4], ratio[11008, name, "eager", 16]) < 1
-        assert all(ratio[out, name, "eager", batch] < ratio[out, "table d=4", "eager", batch]
-                   for out in (2048, 11008) for batch in (1, 4, 16))
+        assert all(ratio[out, name, "eager", batch] < 0.8 * ratio[out, "table d=4", "eager", batch]
+                   for out in (2048, 11008) for batch in (1, 4))
+        assert ratio[11008, name, "eager", 16] < 0.8 * ratio[11008, "table d=4", "eager", 16]
 
 
 def test_answers_in_the_library_example(arms):
