@@ -88,8 +88,11 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
     for p in model.parameters():
         if id(p) not in counted:
             part = "linear layers" if id(p) in linear else "embeddings" if id(p) in embeddings else "other"
-            parts[part] += 8 * p.numel() * (dtype or p.dtype).itemsize
+            parts[part] += 8 * p.numel() * (dtype if dtype and p.is_floating_point() else p.dtype).itemsize
             parameters += p.numel()
+    kept = model.state_dict().keys()
+    parts["other"] += sum(8 * buffer.nbytes for name, buffer in model.named_buffers()
+                          if name in kept and name.rpartition(".")[0] not in forms)
     return Bits(parts, weights or sum(linear.values()), parameters)
 
 

@@ -105,7 +105,8 @@ def mark(model: nn.Module) -> None:
 
     In a config of its own: another model, its teacher perhaps, may have been built from the same one.
     """
-    if (shared := getattr(model, "config", None)) is not None:
+    shared = getattr(model, "config", None)
+    if callable(getattr(shared, "save_pretrained", None)):
         own = copy.copy(shared)
         own.quantization_config = dict(IN_TRAINING)
         for module in model.modules():
@@ -150,7 +151,7 @@ def _is_quantized(model: nn.Module) -> bool:
 
 def check_batch(batch: Tensor, model: nn.Module, what: str) -> None:
     """ValueError for a batch that is no integers [B, T], or holds tokens that the model does not have."""
-    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int64, torch.int32):
         got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
         raise ValueError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for "
                          "one tensor of windows [n, T] that is windows.split(8)")

@@ -27,6 +27,7 @@ from .digits import digits_of, index_of
 from .folded import MOST_BYTES, by_compiled_planes, by_integers, by_planes, by_sums, multiplies_bytes
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache
+SUMS_PAY = 1 << 10  # bytes in a row of codes: the sums of longer ones leave the cache, and decoding is faster
 INTEGERS_PAY = 1 << 18  # bytes of codes: below, folded.by_integers' many steps cost more than the lookups of others
 FEW_ROWS = 16  # of x; for more, a product costs much more than decoding and is faster in larger parts:
 MANY_ROWS_FACTOR = 8  # times the workspace
@@ -45,7 +46,7 @@ def product(x: Tensor, codes: Tensor, book: Codebook, compiled: bool = False) ->
                 return y
             if _suits_integers(codes) and (y := attempt(by_integers, x, codes, book)) is not None:
                 return y
-            if len(x) == 1:
+            if len(x) == 1 and (codes.shape[1] <= SUMS_PAY or book.bits == 16):
                 return by_sums(x, codes, book)
         return _by_decoding(x, codes, book)
 
@@ -56,7 +57,7 @@ def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
         return F.embedding(codes.int(), byte_table(book)).flatten(1)[:, :columns]
     if book.bits == 16 and isinstance(book, AffineCodebook):
         second = 256 * (torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) % 2)
-        pairs = (codes.int() + second).view(-1, 2)
+        pairs = (codes.int() + second).reshape(-1, 2)
         return F.embedding_bag(pairs, _two_byte_tables(book), mode="sum").view(len(codes), -1)[:, :columns]
     vectors = -(-columns // book.dim)
     levels = 2 if isinstance(book, TableCodebook) else book.levels
@@ -88,7 +89,7 @@ _failed: set[str] = set()  # names of what failed once and is not tried again
 def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
     """call(*arguments); or None, with one warning, if it fails now or has failed before.
 
-    For what is faster but may be missing: a compiler, a driver, a package. Running out of memory is not caught.
+    For what is faster but may be missing: a compiler, a driver, a package. Running out of GPU memory is not caught.
     """
     if call.__name__ in _failed:
         return None
@@ -106,7 +107,8 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
 
 def _suits_integers(codes: Tensor) -> bool:
     numbers = codes.device.type == "cpu" and type(codes) is Tensor  # not the fake tensors that programs are traced with
-    return numbers and codes.numel() >= INTEGERS_PAY and codes.shape[1] <= MOST_BYTES and multiplies_bytes()
+    fits = codes.numel() >= INTEGERS_PAY and codes.shape[1] <= MOST_BYTES
+    return numbers and fits and torch.backends.mkldnn.enabled and multiplies_bytes()
 
 
 def _by_decoding(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:

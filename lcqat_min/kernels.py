@@ -9,7 +9,7 @@ spend, of which half may be integer ones. Unpacking a weight the plain way (shif
 multiply) takes 9, so reading an eighth of the bytes could gain a factor of 1.7 at most, not 8. Instructions are
 what counts, and three consequences of w_hat = A q + b save them:
 
-  1. Fold A into x (cpu.py has the formula): what is left is a product with the digits themselves.
+  1. Fold A into x (folded.py has the formula): what is left is a product with the digits themselves.
   2. Digits are small integers, and tensor cores multiply 8-bit integers. An AND takes one digit out of four
      bytes at once and the result *is* an operand: no shift, no conversion. A digit at shift s is 2^s too large,
      which x pays for. In the highest digit the sign bit counts: flipping it first makes the byte a two's

@@ -59,12 +59,15 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
 
     The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
     configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model
-    without quantized layers or with layers that its configuration does not build, for numbers that fp16 cannot hold,
-    for a folder of something else; TypeError for a model that is not of transformers.
+    without quantized layers, with tensors that its configuration does not build, or with an untied head; for numbers
+    that fp16 or dtype cannot hold, for a folder of something else; TypeError for a model that is not of transformers.
     """
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
     model, tensors, layers, _ = _parts(model)
     if dtype is not None:
-        tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()}
+        parameters = {name for name, _ in model.named_parameters()}
+        tensors = {key: _cast(key, value, dtype) if key in parameters else value for key, value in tensors.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
     forms = {name: asdict(layer.form) for name, layer in layers.items()}
@@ -130,9 +133,9 @@ def check(file: Path, settings: dict) -> dict[str, Form]:
                          f"{settings.get('quant_method')}). Load it with transformers, or give a folder that "
                          "save_packed wrote.")
     if settings.get("version") == IN_TRAINING["version"]:
-        raise ValueError(f"{file.parent} was written by save_pretrained from a model in training, which transformers "
-                         f"cannot build. Quantize the original again with the same settings, load_state_dict {file}, "
-                         "and save_packed that.")
+        raise ValueError(f"{file.parent} was written by save_pretrained from a model in training (or loaded with the "
+                         "config of one): transformers cannot build that. Quantize the original again with the same "
+                         f"settings, load_state_dict the tensors in {file.parent}, and save_packed that.")
     if settings.get("version") != VERSION:
         raise ValueError(f"{file.parent} has format version {settings.get('version')}, this lcqat_min reads "
                          f"version {VERSION}: update lcqat_min")
@@ -188,8 +191,11 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
             rest[key] = value
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
-    known, saved = set(plain.state_dict()), {*rest, *(f"{name}.weight" for name in layers)}
-    if strange := sorted(saved - known) or sorted(known - saved - set(model.all_tied_weights_keys)):
+    built = {key: value.shape for key, value in plain.state_dict().items()}
+    saved = {key: value.shape for key, value in rest.items()}
+    saved |= {key: built.get(key, ()) for key in (f"{name}.weight" for name in layers)}
+    differ = {key for key in built.keys() | saved.keys() if built.get(key) != saved.get(key)}
+    if strange := sorted(differ - set(model.all_tied_weights_keys)):
         raise ValueError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
                          "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers).")
     return model, rest, layers, plain

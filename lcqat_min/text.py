@@ -130,7 +130,7 @@ def _utf8(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8, for instance by "
-                         "iconv -f latin1 -t utf8, or leave it out") from error
+                         "iconv -f ITS_ENCODING -t utf8, or leave it out") from error
 
 
 def _wikitext2() -> dict[str, list[str]]:

@@ -91,6 +91,7 @@ def run_train(args: argparse.Namespace) -> None:
         )
     print(save_packed(student, args.out, _dtype_of(args.folder)))
     tokenizer.save_pretrained(args.out)
+    del student  # else two models in training would be held
     after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), text.validation[:EVAL_TOKENS], window)
     print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
     for file in (checkpoint, begun):
@@ -133,7 +134,7 @@ def run_bits(args: argparse.Namespace) -> None:
     """Print what a model costs on file."""
     from .pack import bits_per_weight
 
-    print(bits_per_weight(_any(args.folder, torch.device("cpu"))))
+    print(bits_per_weight(_any(args.folder, torch.device("cpu")), _dtype_of(args.folder)))
 
 
 def _dtype_of(name: str | Path) -> torch.dtype:

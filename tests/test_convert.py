@@ -511,3 +511,18 @@ def test_the_default_dtype_does_not_matter(tiny_llama, batches, monkeypatch):
         torch.set_default_dtype(torch.float32)
     same = zip(expected.state_dict().values(), model.state_dict().values(), strict=True)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 97}, "a name", None])
+def test_models_with_a_config_of_their_own_kind(config):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.embed, self.linear = config, torch.nn.Embedding(97, 32), torch.nn.Linear(32, 97)
+
+        def forward(self, input_ids, use_cache=False):
+            return self.linear(self.embed(input_ids))
+
+    model = Plain()
+    assert [report.name for report in quantize(model, [torch.arange(48).view(2, 24)], QuantConfig())] == ["linear"]
+    assert model.config == config

@@ -391,6 +391,38 @@ def test_unquantized_parts_are_saved_in_the_dtype_asked_for(kind, ready, tmp_pat
     assert largest_difference(model, loaded.float()) < 0.02  # embeddings and norms of 8 bits
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64, "bfloat16"])
+def test_other_dtypes_are_refused(dtype, planes, tmp_path):
+    with pytest.raises(ValueError, match="give torch.bfloat16, torch.float16 or torch.float32"):
+        save_packed(planes, tmp_path / "model", dtype)
+
+
+def test_buffers_count_and_keep_their_dtype(planes, tmp_path, monkeypatch):
+    class Counting(type(planes)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("seen", torch.ones(5, dtype=torch.float32))
+
+    planes.__class__ = Counting
+    planes.register_buffer("seen", torch.tensor([0.1, 1, 2, 3, 4]))
+    before = bits_per_weight(planes)
+    bits = save_packed(planes, tmp_path / "model", torch.bfloat16)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert bits.bytes == sum(tensor.nbytes for tensor in stored.values()) and torch.equal(stored["seen"], planes.seen)
+    assert before.parts["other"] - bits.parts["other"] == 16 * sum(
+        p.numel() for name, p in planes.named_parameters() if "norm" in name)
+    del planes.seen
+    with pytest.raises(ValueError, match="'seen' first: loaded again"):
+        save_packed(planes, tmp_path / "again")
+
+
+def test_a_head_of_another_size_is_refused(tmp_path):
+    model = quantized(llama(tied=False), KINDS["planes"])
+    model.lm_head = torch.nn.Linear(32, 50, bias=False)
+    with pytest.raises(ValueError, match="'lm_head.weight' first: loaded again"):
+        save_packed(model, tmp_path / "model")
+
+
 def test_embeddings_that_fp16_cannot_hold_are_refused(planes, tmp_path):
     with torch.no_grad():
         planes.model.embed_tokens.weight[3, 4] = -1e5

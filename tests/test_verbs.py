@@ -40,7 +40,7 @@ def test_the_way_there_and_back(place, packed, capsys):
     assert texts[0] == texts[1]
 
 
-def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path):
+def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path, capsys):
     model, tokenizer = load(place / "model")
     for part in (model.bfloat16(), tokenizer):
         part.save_pretrained(tmp_path / "half")
@@ -50,6 +50,8 @@ def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path):
     assert call("train", tmp_path / "packed", *args, "--out", tmp_path / "trained") == 0
     for folder in ("packed", "trained"):
         assert load_packed(tmp_path / folder).dtype == torch.bfloat16
+    assert call("bits", tmp_path / "half") == 0
+    assert "16.0000 bits a weight" in capsys.readouterr().out
 
 
 def test_bits_of_packed_and_plain(place, packed, capsys):
@@ -138,7 +140,7 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
         assert call("train", packed, *args) == 130
     found = capsys.readouterr()
     assert "Is that what it was made from? --teacher names another" in found.out and "last checkpoint" in found.err
-    assert call("train", packed, *args, "--seed", 1) == 2
+    assert call("train", packed, *args, "--seed", 1) == 2 == call("train", packed, *args, "--tokens", 4096)
     assert "is of a run with other settings (seed was 0, is 1): give those, or remove it" in capsys.readouterr().err
     assert call("train", packed, *args) == 0
     assert "going on from" in capsys.readouterr().out and steps == [1]
