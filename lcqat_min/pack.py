@@ -118,7 +118,17 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
         weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
         is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
         tensors[f"{name}.weight"] = weight if is_linear else weight.T
+    tensors = _as_published(plain, tensors)
     write_folder(model, tensors, Path(folder), model.dtype, lambda part: _configure(part, None))
+
+
+def _as_published(plain: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named and split as in the architecture's own checkpoints: transformers renames or fuses some while it loads."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return tensors  # transformers reads its own names, too
+    return revert_weight_conversion(plain, tensors)
 
 
 def check(file: Path, settings: dict) -> dict[str, Form]:

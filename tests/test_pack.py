@@ -295,6 +295,26 @@ def test_what_save_pretrained_writes_of_a_model_in_training_is_refused_and_not_l
     load_packed(tmp_path / "packed")
 
 
+@pytest.mark.parametrize("architecture", ["GPTNeoX", "Mixtral"])
+def test_an_export_has_the_names_of_published_checkpoints(architecture, tmp_path):
+    """transformers renames the head of one and fuses the experts of the other while it loads them."""
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2} if architecture == "Mixtral" else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**sizes, **experts)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "published")
+    quantize(model, [TOKENS], KINDS["planes"])
+    export_dense(model, tmp_path / "dense")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("published", "dense")]
+    assert names[0] == names[1]
+    to_storage_precision(model)
+    assert largest_difference(model, type(model).from_pretrained(tmp_path / "dense")) <= 1e-5
+
+
 def test_a_packed_model_is_quantized_already(planes, tmp_path):
     save_packed(planes, tmp_path / "model")
     with pytest.raises(ValueError, match="this model is quantized already"):
