@@ -2,12 +2,13 @@
 #   make compare      make test      make help
 #
 # The first target you run sets up .venv, once; that downloads packages and is all that needs a network.
-# Versions are pinned in constraints.txt; change it or pyproject.toml and the next make brings .venv up to date.
+# All versions are pinned in constraints.txt, made by `make lock`; change it or pyproject.toml and the next make brings
+# .venv up to date.
 #
 #   PYTHON=python3.12           another interpreter to build .venv with
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                               CPU-only torch: a smaller download on Linux (elsewhere it is what you get anyway)
-#   ARGS="--seeds 0 1 2"        more options for `make compare`
+#   ARGS="--seeds 0 1 2"        more options for `make compare`, `make anywhere` and `make lock`
 
 PYTHON      ?= python3
 TORCH_INDEX ?=
@@ -18,8 +19,12 @@ QUIET := LCQAT_QUIET=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLE
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
+# Threads that wait for work sleep instead of spinning: beside another busy process spinning makes training many times
+# slower. What you have set yourself stays.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test bench figures notebooks slides lint lab clean
+.PHONY: help setup compare test anywhere bench figures notebooks slides lint lab lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +49,9 @@ test: $(READY)  ## run the unit tests, then every notebook
 	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=300 notebooks
 
+anywhere: $(READY)  ## run the tests as on other machines: instruction sets, threads, text, versions (hours)
+	$(PY) scripts/anywhere.py $(ARGS)
+
 bench: $(READY)  ## measure what training costs on this CPU, in ratios
 	$(PY) scripts/bench_cpu.py $(ARGS)
 
@@ -62,6 +70,11 @@ lint: $(READY)  ## check the style
 
 lab: $(READY)  ## open the notebooks
 	LCQAT_QUIET=1 $(PY) -m jupyter lab notebooks
+
+lock: $(READY)  ## pin all packages in constraints.txt again (ARGS=--upgrade: at their newest versions)
+	$(PY) -m pip install --quiet uv
+	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
+	  --custom-compile-command "make lock" $(ARGS) pyproject.toml --output-file constraints.txt
 
 clean:  ## delete caches and build leftovers; .venv, runs/ and results/ stay
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # on the CPU; set it to 0 to test on a GPU
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two processes run side by side
 
 # Derandomized: a failure is a change of the code, never of the luck.
 settings.register_profile("lcqat", deadline=None, derandomize=True, max_examples=20)

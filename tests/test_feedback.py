@@ -171,11 +171,13 @@ def test_each_row_gets_its_best_scale():
     alone = [round_matrix(W, factor, book, [scale]) for scale in scales]
     together = round_matrix(W, factor, book, scales)
     losses = torch.stack([rounded.loss for rounded in alone])
-    assert torch.equal(together.loss, losses.amin(0))
+    torch.testing.assert_close(together.loss, losses.amin(0), rtol=1e-4, atol=0)  # one product of all, or one each
+    first, second = losses.sort(0).values[:2]
+    assert (second > 1.001 * first).all()  # so which scale is best depends on no digit
     for row, best in enumerate(losses.argmin(0).tolist()):
         assert together.scale[row] == scales[best][row]
-        for name in ("index", "target"):
-            assert torch.equal(getattr(together, name)[row], getattr(alone[best], name)[row])
+        assert torch.equal(together.index[row], alone[best].index[row])
+        torch.testing.assert_close(together.target[row], alone[best].target[row], rtol=1e-4, atol=1e-5)
     assert len(losses.argmin(0).unique()) > 1
 
 
@@ -194,7 +196,8 @@ def test_rows_do_not_interact():
     W, factor, book = a_case("planes", n=24, rows=6)
     whole = round_matrix(W, factor, book, row_scales(W))
     part = round_matrix(W[[4, 1]], factor, book, row_scales(W[[4, 1]]))
-    assert torch.equal(part.index, whole.index[[4, 1]]) and torch.equal(part.scale, whole.scale[[4, 1]])
+    assert torch.equal(part.index, whole.index[[4, 1]])
+    torch.testing.assert_close(part.scale, whole.scale[[4, 1]], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "planes of 8"])

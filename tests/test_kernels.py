@@ -270,14 +270,25 @@ def test_dequantize_kernel_counts_rows_in_64_bits(monkeypatch):
 
 # --- the torch path ---
 
-needs_bytes = pytest.mark.skipif(not folded.multiplies_bytes(), reason="this CPU has no instruction for bytes")
+def exact_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """torch._int_mm as processors that multiply bytes have it: sums of products of int8, exact in fp64."""
+    out.copy_(torch.from_numpy(a.numpy().astype(np.float64) @ b.numpy().astype(np.float64)))
+
+
+@pytest.fixture
+def bytes_multiplied(monkeypatch):
+    """Processors that lack the instruction run the same steps around it."""
+    if not folded.multiplies_bytes():
+        monkeypatch.setattr(torch, "_int_mm", exact_product)
+
+
 EVERY = [*AFFINE, *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)),
          *(f"table {d}" for d in (1, 2, 3, 4))]
 NUMBERS = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
 
 
-@pytest.fixture(params=[pytest.param(True, marks=needs_bytes), False], ids=["bytes", "no bytes"])
-def processor(request, monkeypatch):
+@pytest.fixture(params=[True, False], ids=["bytes", "no bytes"])
+def processor(request, monkeypatch, bytes_multiplied):
     """With an instruction for products of bytes, and without; chunks so small that there are several."""
     monkeypatch.setattr(cpu, "multiplies_bytes", lambda: request.param)
     monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
@@ -331,8 +342,7 @@ def test_integers_and_limbs_are_the_number_but_for_half_a_unit(values, exponent)
     assert again.equal(whole[:, :, 0].T.double())
 
 
-@needs_bytes
-def test_integers_add_up_exactly_at_their_largest():
+def test_integers_add_up_exactly_at_their_largest(bytes_multiplied):
     """One limb of every part is 127 in size and all signs agree: the sum of a row is 0.99 times 2^31."""
     x = (-127 * 256.0 * 4.0 ** torch.arange(3, -1, -1)).repeat(folded.MOST_BYTES)
     x[3] = 2.0**30 - 64
@@ -374,8 +384,7 @@ def test_another_default_dtype_leaves_nothing_behind(tokens, processor):
     assert torch.equal(first, cpu.product(x, codes, book)) and relative(first, x @ D.T) < 1e-5
 
 
-@needs_bytes
-def test_integers_beside_an_outlier():
+def test_integers_beside_an_outlier(bytes_multiplied):
     """What an outlier takes from its neighbours stays below what fp32 sums lose to it."""
     book = book_of("planes 4")
     codes, D = packed(book, 64, 512)
@@ -385,10 +394,9 @@ def test_integers_beside_an_outlier():
     assert (error <= 1e-6 * size(x, book)).all() and error[1].max() < 2e-4  # the other row has a scale of its own
 
 
-@pytest.mark.parametrize("way, most", [pytest.param("by_integers", 5e-7, marks=needs_bytes), ("by_sums", 5e-7),
-                                       ("by_planes", 5e-5)])
+@pytest.mark.parametrize("way, most", [("by_integers", 5e-7), ("by_sums", 5e-7), ("by_planes", 5e-5)])
 @pytest.mark.parametrize("name", ["scalar", "lattice 4", "planes 4", "planes 8"])
-def test_inputs_that_are_not_centred_cost_no_digits(name, way, most):
+def test_inputs_that_are_not_centred_cost_no_digits(name, way, most, bytes_multiplied):
     """Digits from 0 to L - 1 make large sums of large inputs, and a constant as large to take off: only for planes."""
     book = book_of(name)
     codes, D = packed(book, 64, 4096)
@@ -398,9 +406,8 @@ def test_inputs_that_are_not_centred_cost_no_digits(name, way, most):
     assert relative(getattr(folded, way)(x, codes, book), expected) < max(2 * dense, most)
 
 
-@needs_bytes
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_integers_show_what_is_not_finite_in_its_row_only(bad):
+def test_integers_show_what_is_not_finite_in_its_row_only(bad, bytes_multiplied):
     codes, _ = packed(book_of("lattice 4"), 9, 64)
     x = torch.ones(2, 64)
     x[1, 5] = bad
@@ -433,10 +440,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("has_bytes", [pytest.param(True, marks=needs_bytes), False])
+@pytest.mark.parametrize("has_bytes", [True, False])
 @pytest.mark.parametrize("name", ["lattice 4", "planes 4", "planes 8", "table 4"])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_no_dense_weight_on_the_cpu(name, tokens, has_bytes, monkeypatch):
+def test_no_dense_weight_on_the_cpu(name, tokens, has_bytes, monkeypatch, bytes_multiplied):
     monkeypatch.setattr(cpu, "multiplies_bytes", lambda: has_bytes)
     monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
     monkeypatch.setattr(cpu, "WORKSPACE", limit := 1 << 17)
