@@ -8,11 +8,16 @@ progress bar tqdm. With numpy, rounding is faster.
 """
 
 import importlib.util
+import os
 import sys
 
 if importlib.util.find_spec("torch") is None:  # with `name`, `python -m lcqat_min` says this in one line
     raise ModuleNotFoundError(f"lcqat_min needs torch, which {sys.executable} does not have. Set up .venv as README.md "
                               "says and use the Python in there.", name=__name__)
+
+# Read once, when torch loads its OpenMP. Its threads then sleep while they wait for each other. By default they spin, and
+# beside one other busy process a training step takes many times as long. What is set already stays as it is.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .convert import quantize  # noqa: E402
 from .evaluate import kl_to, perplexity  # noqa: E402
