@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WATCHED = """
 import os, sys
 
-class Watch:  # asked first for each module that is imported
+class Watch:  # asked first where each module is
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             print(os.environ.get("OMP_WAIT_POLICY"))
@@ -29,7 +29,7 @@ def test_threads_are_told_before_torch_reads_it(first, own):
     program = WATCHED + first + "\nassert 'torch' in sys.modules"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [own or "passive"]
+    assert run.stdout.split()[-1] == (own or "passive")  # before that, the package asks whether there is a torch
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -15,7 +15,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-import lcqat_min  # noqa: F401  before torch: it asks threads to sleep while they wait, as on a busy laptop they must
+import lcqat_min  # noqa: F401  before torch: it asks threads that wait to sleep, which busy laptops need
+
 import torch  # isort: skip
 
 from .exercise import check
