@@ -1,15 +1,15 @@
 """Run unit tests and notebooks as they would run on other machines: `make anywhere`, or some conditions by name.
 
-    python scripts/anywhere.py                    all conditions, in turn: about an hour and a half on 2 cores
+    python scripts/anywhere.py                    all conditions, in turn: about an hour on 2 cores
     python scripts/anywhere.py avx2 threads-4     these alone
-    python scripts/anywhere.py --one-of SEED      one instruction set, chosen by a hexadecimal number (a commit's)
+    python scripts/anywhere.py --one-of SEED      one other processor, chosen by a hexadecimal number (a commit's)
 
 Sums of floating-point numbers depend on the order in which a processor adds, so a test that asks for equal bits, or a
 notebook that claims more than its numbers hold, may be green on one machine and red on another. A condition changes one
 thing that machines differ in: the instruction set that torch, oneDNN and MKL may use, the order in which products are
-summed, the number of threads, the order of the tests, the offline text, or the versions of all packages. Logs go to
-runs/anywhere/; the exit code says whether all was green. A condition that has ended green is not run again while the
-files are the same, so a run that was stopped goes on where it was.
+summed, the number of threads (`make test` runs with one), the order of the tests, the offline text, or the versions of
+all packages. Logs go to runs/anywhere/; the exit code says whether all was green. A condition that has ended green is
+not run again while the files are the same, so a run that was stopped goes on where it was.
 
 Limits: the instruction sets of one processor stand for other processors; ARM and GPUs have to be tried on their own.
 """
@@ -115,21 +115,17 @@ def sum_in_another_order() -> None:
 
 
 CONDITIONS = {
-    "aten-default": Condition("torch's own kernels without AVX", {"ATEN_CPU_CAPABILITY": "default"}),
-    "aten-avx2": Condition("torch's own kernels with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}),
-    "onednn-avx2": Condition("oneDNN with AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "avx2": Condition("torch, oneDNN and MKL with AVX2: most laptops", AVX2),
     "old": Condition("torch, oneDNN and MKL with what every x86-64 has", OLD),
     "sums": Condition("products summed in an order that depends on their shape", SEES_THIS | {"ANYWHERE": "sums"},
                       THIS, sums),
-    "threads-1": Condition("one thread", {"OMP_NUM_THREADS": "1"}),
     "threads-2": Condition("two threads", {"OMP_NUM_THREADS": "2"}),
     "threads-4": Condition("four threads", {"OMP_NUM_THREADS": "4"}),
     "backwards": Condition("tests in the opposite order", SEES_THIS | {"ANYWHERE": "backwards"}, THIS),
     "other-text": Condition(f"offline text without {' and '.join(LEFT_OUT)}", prepare=other_text),
     "newest": Condition("the newest versions of all packages", prepare=newest),
 }
-INSTRUCTION_SETS = ("avx2", "old", "aten-default", "onednn-avx2", "aten-avx2")
+PROCESSORS = ("avx2", "old", "sums")
 
 
 def pytest_configure() -> None:
@@ -178,11 +174,11 @@ def commit() -> str:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("names", nargs="*", metavar="CONDITION", help=f"{', '.join(CONDITIONS)} (default: all)")
-    options.add_argument("--one-of", metavar="SEED", help="an instruction set, chosen by this hexadecimal number")
+    options.add_argument("--one-of", metavar="SEED", help=f"one of {', '.join(PROCESSORS)}, chosen by this number")
     args = options.parse_args()
     names = args.names or list(CONDITIONS)
     if args.one_of:
-        names = [INSTRUCTION_SETS[int(args.one_of, 16) % len(INSTRUCTION_SETS)]]
+        names = [PROCESSORS[int(args.one_of, 16) % len(PROCESSORS)]]
     if unknown := [name for name in names if name not in CONDITIONS]:
         options.error(f"unknown condition {', '.join(unknown)}; choose from {', '.join(CONDITIONS)}")
     LOGS.mkdir(parents=True, exist_ok=True)
