@@ -21,7 +21,6 @@ Gives up: above 8 bits the result is near the best, not always the best.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -32,8 +31,11 @@ from .digits import digits_of
 
 Search = Callable[[Tensor, int], Tensor]
 SCORES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # fp32 held at a time: what a core caches; 256 MiB
-NUMPY = importlib.util.find_spec("numpy") is not None  # its argmax is vectorised; torch's on CPUs is not
 SHORTLIST = 16  # first halves kept in a search by halves
+try:  # its argmax is vectorised; torch's on CPUs is not
+    NUMPY = torch.empty(0, dtype=torch.float32, device="cpu").numpy() is not None
+except RuntimeError:  # not installed, or not the version that this torch was built for
+    NUMPY = False
 
 
 def nearest_level(step: float, offset: float, levels: int) -> Search:

@@ -372,7 +372,8 @@ def test_little_memory_takes_more_passes_to_the_same_result(tiny_llama, batches,
         handle.remove()
         results.append((reports, fingerprint(model), len(calls)))
     assert results[0][:2] == results[1][:2]
-    assert (results[0][2], results[1][2]) == (len(batches), 7 * len(batches))
+    looks = 2  # for weights that are read or written elsewhere, in both modes
+    assert (results[0][2], results[1][2]) == (len(batches) + looks, 7 * len(batches) + looks)
 
 
 def test_progress_knows_its_end_and_modes_come_back(tiny_gpt2, batches):
