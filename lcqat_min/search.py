@@ -85,7 +85,7 @@ def nearest_by_halves(A: Tensor, levels: int, metrics: Tensor | None) -> Search:
     digits2 = digits_of(torch.arange(1 << bits2, device=A.device), A.shape[1] - half, levels)
 
     def search(x: Tensor, g: int) -> Tensor:
-        M = torch.eye(len(A), device=A.device) if metrics is None else metrics[g]
+        M = torch.eye(len(A), dtype=A.dtype, device=A.device) if metrics is None else metrics[g]
         A1, A2 = (M.T @ A).split([half, A.shape[1] - half], dim=1)  # measure in the metric: move vectors and
         words1, likely, likely_norm, whiten = _shortlist(A1, A2, digits1)  # codebook alike
         second_half = nearest(digits2 @ A2.T, None)
@@ -109,7 +109,7 @@ def _shortlist(A1: Tensor, A2: Tensor, digits1: Tensor) -> tuple[Tensor, Tensor,
     """Codewords of the first half, plain and whitened by the noise of the second; half norms; the whitening."""
     noise = A2 @ A2.T
     floor = (0.03 * noise.diagonal().mean()).clamp(min=1e-12)  # A2 need not have full rank, and may be zero
-    noise = noise + floor * torch.eye(len(A1), device=A1.device)
+    noise = noise + floor * torch.eye(len(A1), dtype=A1.dtype, device=A1.device)
     whiten = torch.linalg.cholesky(torch.linalg.inv(noise))
     words1 = digits1 @ A1.T
     likely = words1 @ whiten
