@@ -15,6 +15,7 @@ Limits: code that is not reached by the text that is tried, or that goes around 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -136,7 +137,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
                for key, buffer in module.named_buffers(recurse=False)]
     device = input_device(model)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of training without gradients
             yield
     finally:
         for module, key, buffer, before in buffers:

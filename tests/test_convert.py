@@ -437,7 +437,7 @@ def test_an_error_in_the_last_layer_leaves_the_model_as_it_was(tiny_llama, batch
     ([torch.zeros(0, 8, dtype=torch.long)], "no calibration tokens"),
     (torch.zeros(4, 8, dtype=torch.long), r"torch.int64 \[8\].*windows.split\(8\)"),
     ([torch.zeros(2, 8)], r"torch.float32 \[2, 8\].*integers"),
-    ([{"input_ids": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
+    ([{"labels": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
 ])
 def test_wrong_batches(tiny_gpt2, wrong, match):
     fails_and_leaves_alone(tiny_gpt2(), wrong, match)
