@@ -82,6 +82,10 @@ class _Watch(TorchDispatchMode):
         self.running: list[str] = []
         self.found: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for this, which takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x.layout == torch.strided and (name := self.names.get(x.data_ptr())):

@@ -29,6 +29,7 @@ from lcqat_min.linear import AffineLinear, StepLinear, TableLinear
 from lcqat_min.lloyd import fit, mean_squared_error, table_start
 from lcqat_min.ptq import CODEBOOKS, ROTATIONS, QuantConfig
 from lcqat_min.storage import pack_layers
+from lcqat_min.train import parameter_groups
 
 BLOCK = ("layers.1", "h.1.", "lm_head")  # skip the second block: half the time
 PAIR = (*BLOCK, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")  # leaves two layers
@@ -292,6 +293,53 @@ def test_a_layer_of_zeros_stays_finite(odd_net, generator, kind):
     logits = odd_net(input_ids=torch.tensor([[1, 2]])).logits
     logits.sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in odd_net.parameters())
+
+
+def scaled(net: OddNet, weights: float, inputs: float) -> OddNet:
+    """The same net, with the first layer and what it is fed multiplied by powers of four."""
+    net = copy.deepcopy(net)
+    net.first.weight.data.mul_(weights)
+    net.embedding.weight.data.mul_(inputs)
+    net.forward = lambda input_ids, use_cache=True: SimpleNamespace(
+        logits=net.second(net.first(net.embedding(input_ids)).double().div(weights * inputs).float()))
+    net.first.bias.data.zero_()
+    return net
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_weights_and_inputs_of_any_size_are_rounded_alike(odd_net, generator, kind):
+    """Squares of 1e25 and of 1e-30 are beyond fp32, the numbers themselves are not."""
+    batches = [torch.randint(11, (3, 20), generator=generator)]
+    config = QuantConfig(codebook=kind, dim=2)
+    first, expected, codes = None, None, None
+    for weights, inputs in ((1, 1), (4.0**42, 1), (4.0**-50, 1), (1, 4.0**40), (1, 4.0**-50), (4.0**42, 4.0**-50)):
+        model = scaled(odd_net, weights, inputs)
+        reports = quantize(model, batches, config)
+        W, found = model.first.weight.detach().double() / weights, model.first.codes()
+        if expected is None:
+            first, expected, codes = reports[0], W, found
+        assert reports[0] == first and first.loss > 0
+        assert torch.equal(found, codes)
+        torch.testing.assert_close(W, expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_beyond_fp32_once_rounded_is_named(odd_net, generator):
+    odd_net.first.weight.data.fill_(3e38)
+    odd_net.embedding.weight.data.mul_(1e-30)  # so that the next layer is fed finite numbers
+    batches = [torch.randint(11, (3, 20), generator=generator)]
+    fails_and_leaves_alone(odd_net, batches, r"'first' reaches 3e\+38: once rounded, it is more than fp32 holds")
+
+
+@pytest.mark.parametrize("size", [4.0**42, 4.0**-50])
+def test_scales_of_any_size_train_in_their_own_unit(odd_net, generator, size):
+    ids = torch.randint(11, (3, 20), generator=generator)
+    rates = []
+    for weights in (1, size):
+        model = scaled(odd_net, weights, 1)
+        quantize(model, [ids], QuantConfig(codebook="scalar", rotate="none"))
+        groups = {group["name"]: group["full_lr"] for group in parameter_groups(model, TrainConfig(1))}
+        rates.append(groups["first.row_scale"] / weights)
+    assert rates[0] == rates[1] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
