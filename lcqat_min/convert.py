@@ -27,10 +27,13 @@ from torch import Tensor, nn
 
 from .calibrate import Moments, second_moments
 from .feedback import Rounded
+from .inputs import longest_window, vocabulary
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .lloyd import fit
 from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
 from .rotate import random_signs
+
+__all__ = ["linear_layers", "longest_window", "quant_layers", "quantize", "vocabulary"]
 
 METHOD = "lcqat_min.hf"  # `quant_method` in config.json: also the module that teaches transformers to read it
 IN_TRAINING = {"quant_method": METHOD, "version": "in training"}
@@ -155,7 +158,7 @@ def check_batch(batch: Tensor, model: nn.Module, what: str) -> None:
         got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
         raise ValueError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for "
                          "one tensor of windows [n, T] that is windows.split(8)")
-    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    words = vocabulary(model)
     if words and batch.numel() and not 0 <= batch.min() <= batch.max() < words:
         raise ValueError(f"a {what} batch holds tokens from {batch.min()} to {batch.max()}, the model knows 0 to "
                          f"{words - 1}: encode the text with this model's own tokenizer")
