@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from .bits import bits_per_weight
-from .convert import quantize
+from .convert import longest_window, quantize
 from .evaluate import perplexity_and_kl
 from .ptq import QuantConfig
+from .sample import continue_prompt
 from .text import Splits, batches, sample_windows
 from .train import TrainConfig, train
 
@@ -178,31 +179,39 @@ def run_arm(
 
 def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> str:
     """Greedy continuation of a prompt."""
-    ids = lab.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(lab.device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=lab.tokenizer.eos_token_id,
-        )
-    return lab.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    _, new = continue_prompt(model, lab.tokenizer, prompt, tokens)
+    return lab.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str) -> dict:
-    """All that decides a result, as plain JSON values."""
-    return json.loads(
-        json.dumps(
-            {
-                "model": model,
-                "text": text,
-                "budget": asdict(budget),
-                "prompt": prompt,
-                "arms": {arm.name: asdict(arm) for arm in arms},
-            }
-        )
-    )
+def fitting(budget: Budget, model: nn.Module, text: Splits) -> Budget:
+    """The budget as far as model and text go: windows that the model reads, no more text than there is.
+
+    ValueError for a text without one training batch.
+    """
+    window = min(budget.window, longest_window(model) or budget.window)
+    if len(text.train) < window * budget.batch:
+        raise ValueError(f"the text {text.source!r} has {len(text.train)} training tokens, and one step takes "
+                         f"{window * budget.batch}: give a longer text")
+    calibration, judged = min(budget.calibration_tokens, len(text.train)), min(budget.eval_tokens, len(text.test))
+    return replace(budget, window=window, calibration_tokens=calibration, eval_tokens=judged)
+
+
+def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str, digest: str | None = None) -> dict:
+    """All that decides a result, as plain JSON values. digest: of the text's token ids, Splits.digest."""
+    found = {
+        "model": model,
+        "text": text,
+        "text_digest": digest,
+        "budget": asdict(budget),
+        "prompt": prompt,
+        "arms": {arm.name: asdict(arm) for arm in arms},
+    }
+    return json.loads(json.dumps(found))
+
+
+def made_with(lab: Lab) -> dict:
+    """What the files of results beside compare.json (rates, ablations) were made with: budget and text."""
+    return {"budget": asdict(lab.budget), "text": lab.text.source, "text_digest": lab.text.digest}
 
 
 def peak_mb(device: torch.device) -> float | None:

@@ -34,6 +34,7 @@ import torch
 from torch import LongTensor
 
 from .cache import cached
+from .convert import check_batch
 from .docstrings import docstrings
 
 SPLITS = ("train", "validation", "test")
@@ -61,7 +62,7 @@ class Splits:
         return found.hexdigest()[:16]
 
 
-def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Splits:
+def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = None) -> Splits:
     """Token ids of a corpus, split into train, validation and test.
 
     Args:
@@ -70,18 +71,24 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
             are dealt out by hash like documents: a window holds several pieces, and test pieces have neighbours
             in train, so such perplexities compare models and are not those of the text read in order.
         tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
+        model: the language model to be fed with it, if its vocabulary is to be compared with the ids.
         cache_dir: where ids of the named sources are kept (cache.py). Local files are read anew each time.
 
     Raises:
-        ValueError: unknown source, too little text, or a tokenizer without end-of-text token.
+        ValueError: unknown source, too little text, a tokenizer without end-of-text token, or one that gives ids
+            that the model does not have.
         FileNotFoundError: "wikitext2" can be neither found nor fetched.
     """
     source = str(source)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
-    if source not in ("docstrings", "wikitext2"):
-        return Splits(**_tokenize(source, tokenizer), source=source)
-    ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
+    if source in ("docstrings", "wikitext2"):
+        ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
+    else:
+        ids = _tokenize(source, tokenizer)
+    if model is not None:
+        for name in SPLITS:
+            check_batch(ids[name][None], model, f"{name} text")
     return Splits(**ids, source=source)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcqat_min import cli, compare, report, results
+from lcqat_min import cli, compare, report, results, runs
 from lcqat_min.compare import ARMS, Arm, Budget, settings
 from lcqat_min.hub import choose_device, load
 from lcqat_min.results import Results, read_results, write_json
@@ -22,8 +22,8 @@ TINY = Budget(train_tokens=256, calibration_tokens=256, eval_tokens=128, window=
 @pytest.fixture
 def run(place, tmp_path, monkeypatch):
     """Runs the CLI's compare with a tiny budget; results go under tmp_path."""
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "Budget", lambda **changes: TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "Budget", lambda **changes: TINY)
     monkeypatch.setenv("LCQAT_CACHE", str(tmp_path / "cache"))
 
     def call(*args):
