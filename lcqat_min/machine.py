@@ -26,7 +26,8 @@ def free_memory() -> tuple[int, bool] | None:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, ValueError, KeyError):
         return None
-    rest = min(filter(None.__ne__, map(_memory_left, _groups("memory"))), default=free)
+    left = [_memory_left(group) for group in _groups("memory")]
+    rest = min((number for number in left if number is not None), default=free)
     return (rest, True) if rest < free else (free, False)
 
 
