@@ -83,6 +83,8 @@ def _is_quantized(name: str | Path) -> bool:
 
 def _why(name: str | Path, error: Exception) -> str:
     path = Path(name)
+    if path.is_file():
+        return f"cannot load a model from the file {path}: give the folder that save_pretrained wrote."
     if path.is_dir():
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (path / file).is_file()]
         reason = f"it lacks {' and '.join(missing)}" if missing else f"transformers says: {_first_line(error)}"

@@ -20,6 +20,11 @@ def encode_prompt(model: nn.Module, tokenizer, prompt: str) -> Tensor:
     ValueError for a prompt without tokens, with tokens that the model does not have, and for one that leaves no room
     for a next token.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
+        raise ValueError(f"the prompt {ascii(prompt)} is no text: this console passes on another encoding than it says. "
+                         "Set PYTHONUTF8=1") from None
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
     if not ids.numel():
         raise ValueError("the prompt is empty: give at least one word to continue")

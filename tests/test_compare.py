@@ -205,7 +205,7 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"rows": [2], "meta": {}})
-    assert read_results(path)["rows"] == [1]
+    assert read_results(path)["rows"] == [1] and list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_of_several_runs_keep_where_they_come_from(tmp_path, monkeypatch):

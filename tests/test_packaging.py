@@ -139,11 +139,11 @@ def test_a_wheel_holds_what_the_main_job_needs_and_no_more(installed):
     assert {name.replace(os.sep, "/") for name in files if "dist-info" not in name} == {
         *code, *model, "lcqat_min/bundled/results/compare.json"
     }
+    for name in (*model, "lcqat_min/bundled/results/compare.json"):
+        assert (installed / name).read_bytes() == (ROOT / name.removeprefix("lcqat_min/bundled/")).read_bytes()
 
 
 def test_an_installed_package_finds_its_model_from_anywhere(installed, tmp_path):
-    from lcqat_min.hub import load
-
     program = (
         "import lcqat_min.hub as hub, lcqat_min.runs as runs, lcqat_min.cli as cli\n"
         "print(hub.BUNDLED); print((runs.DATA / 'results' / 'compare.json').is_file())\n"
@@ -156,8 +156,6 @@ def test_an_installed_package_finds_its_model_from_anywhere(installed, tmp_path)
     assert Path(bundled).resolve().is_relative_to(installed.resolve()) and committed == "True"
     assert any("runs/<time>" in line for line in text) and "this package is not in one" in run.stderr
     assert not list(tmp_path.iterdir())
-    model, tokenizer = load(bundled)
-    assert len(tokenizer) == model.get_input_embeddings().num_embeddings
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -230,6 +230,13 @@ def test_a_console_of_few_letters_shows_the_others_as_escapes(place, monkeypatch
     assert b"na\\xefve" in console.buffer.getvalue()
 
 
+def test_a_prompt_that_was_not_decoded_and_a_file_that_is_no_model_are_named(place, capsys):
+    assert call("generate", place / "model", "--prompt", "na\udcefve") == 2
+    assert r"the prompt 'na\udcefve' is no text" in capsys.readouterr().err
+    assert call("generate", place / "text.txt") == 2
+    assert "text.txt: give the folder that save_pretrained wrote" in capsys.readouterr().err
+
+
 def test_two_processes_do_not_make_one_folder(place, packed, tmp_path, capsys):
     out = ("--out", tmp_path / "out")
     with alone(tmp_path / "out"):
