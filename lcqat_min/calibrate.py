@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluate import keep_modes
+from .inputs import run
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,11 @@ def second_moments(
         return count
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    device = next(model.parameters()).device
     try:
         with keep_modes(model), torch.no_grad():
             model.eval()
             for batch in batches:
-                model(input_ids=batch.to(device), use_cache=False)
+                run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

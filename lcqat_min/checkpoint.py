@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import quant_layers
+from .inputs import input_device
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -44,7 +45,7 @@ class Run:
                       for key, tensor in (*layer.named_buffers(), *layer.named_parameters())
                       if not tensor.requires_grad}  # signs, frozen codebooks
         self.start_codes = self._codes()
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
 
     def _codes(self) -> dict[str, Tensor]:
         return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}

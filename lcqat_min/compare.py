@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from .bits import bits_per_weight
-from .convert import longest_window, quantize
+from .convert import quantize
 from .evaluate import perplexity_and_kl
+from .inputs import longest_window
 from .ptq import QuantConfig
 from .sample import continue_prompt
 from .text import Splits, batches, sample_windows

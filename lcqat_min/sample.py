@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from .convert import check_batch, longest_window
+from .inputs import check_tokens, input_device, longest_window
 
 
 def encode_prompt(model: nn.Module, tokenizer, prompt: str) -> Tensor:
@@ -23,17 +23,17 @@ def encode_prompt(model: nn.Module, tokenizer, prompt: str) -> Tensor:
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that Python could not decode
-        raise ValueError(f"the prompt {ascii(prompt)} is no text: this console passes on another encoding than it says. "
-                         "Set PYTHONUTF8=1") from None
+        raise ValueError(f"the prompt {ascii(prompt)} is no text: this console uses another encoding than it says. Set "
+                         "PYTHONUTF8=1") from None
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
     if not ids.numel():
         raise ValueError("the prompt is empty: give at least one word to continue")
-    check_batch(ids, model, "prompt")
+    check_tokens(ids, model, "the prompt")
     limit = longest_window(model)
     if limit is not None and ids.shape[1] >= limit:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, and the model reads {limit} with what it adds: give a "
                          "shorter prompt")
-    return ids.to(next(model.parameters()).device)
+    return ids.to(input_device(model))
 
 
 def continue_prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ import torch
 from torch import LongTensor
 
 from .cache import cached
-from .convert import check_batch
 from .docstrings import docstrings
+from .inputs import check_tokens
 
 SPLITS = ("train", "validation", "test")
 PIECE_CHARS = 1000  # a local file is cut at blank lines into pieces of at least this length
@@ -88,7 +88,7 @@ def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = No
         ids = _tokenize(source, tokenizer)
     if model is not None:
         for name in SPLITS:
-            check_batch(ids[name][None], model, f"{name} text")
+            check_tokens(ids[name], model, f"the {name} text")
     return Splits(**ids, source=source)
 
 

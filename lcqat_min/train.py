@@ -41,9 +41,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Run, agree
-from .convert import check_batch, quant_layers
+from .convert import quant_layers
 from .distillation import distillation_loss
-from .evaluate import keep_modes
+from .evaluate import IGNORED, keep_modes
+from .inputs import Batch, check_model, logits_of, read_batch
 from .linear import AffineLinear, StepLinear
 
 
@@ -90,7 +91,7 @@ class TrainConfig:
         return 1.0 if step < warmup + stable else (self.steps - step) / (decay + 1)
 
 
-def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teacher: nn.Module | None = None,
+def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teacher: nn.Module | None = None,
           *, checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
           accelerator=None) -> list[dict]:
     """Train `model` in place for config.steps batches of token ids [B, T]; returns the history.
@@ -123,8 +124,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
-            check_batch(batch, model, "training")
-            loss = _loss(loop_model, batch.to(run.device), teacher)
+            ids, mask = read_batch(batch, model, "training")
+            loss = _loss(loop_model, ids.to(run.device), None if mask is None else mask.to(run.device), teacher)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
             accelerator.backward(loss)
@@ -134,7 +135,7 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             stepper.step()
             stepper.zero_grad()
             losses.append(loss.item())
-            tokens += batch.numel() * accelerator.num_processes
+            tokens += (ids.numel() if mask is None else int(mask.sum())) * accelerator.num_processes
             if grads is not None:
                 history.append(run.row(step, tokens, losses, grads))
                 losses = []
@@ -150,6 +151,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
 
 
 def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
+    for asked in (model,) if teacher is None else (model, teacher):
+        check_model(asked)
     if teacher is model or teacher is not None and any(quant_layers(teacher)):
         raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
     if teacher is not None and not any(quant_layers(model)):
@@ -212,14 +215,17 @@ def bin_width(layer: nn.Module) -> float:
     return 2.0 if layer.levels == 2 else 1.0
 
 
-def _loss(model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
-    logits = model(input_ids=batch, use_cache=False).logits
+def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
+    logits = logits_of(model, ids, mask)
     if teacher is None:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        following = ids[:, 1:]
+        if mask is not None:
+            following = following.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following.flatten(),
+                                           ignore_index=IGNORED)
     with torch.no_grad():
-        device = next(teacher.parameters()).device
-        target = teacher.eval()(input_ids=batch.to(device), use_cache=False).logits
-    return distillation_loss(logits, target.to(logits.device))
+        target = logits_of(teacher.eval(), ids, mask).to(logits.device)
+    return distillation_loss(logits, target) if mask is None else distillation_loss(logits[mask], target[mask])
 
 
 def _clip(model: nn.Module, limit: float, step: int, skips_overflow: bool) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .convert import linear_layers, longest_window, quant_layers, quantize
+from .convert import linear_layers, quant_layers, quantize
 from .evaluate import kl_to
 from .hub import BUNDLED, choose_device, load
+from .inputs import longest_window
 from .locks import alone
 from .ptq import QuantConfig
 from .results import difference, optional, write_json

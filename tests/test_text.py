@@ -247,7 +247,7 @@ def test_digest_tells_texts_apart():
 
 def test_tokens_that_a_model_does_not_have_are_refused(corpus, tiny_llama):
     assert len(text.load_text(str(corpus), CharTokenizer()).train)
-    with pytest.raises(ValueError, match="train text batch holds tokens from .*, the model knows 0 to 96"):
+    with pytest.raises(ValueError, match="the train text holds tokens from .*, the model knows 0 to 96"):
         text.load_text(str(corpus), CharTokenizer(), model=tiny_llama())
 
 
