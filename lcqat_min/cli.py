@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms (default: all)")
     compare.add_argument("--seeds", nargs="+", type=seed, default=[0], metavar="N", help="one run each (default: 0)")
     compare.add_argument(
-        "--tokens", type=positive, default=None, metavar="N", help="training tokens an arm (default: 61440)"
+        "--tokens", type=positive, default=None, metavar="N", help="training tokens per arm (default: 61440)"
     )
     compare.add_argument(
         "--prompt", default="Return the", metavar="TEXT", help="continued by each arm (default: %(default)r)"
@@ -75,11 +75,13 @@ def parser() -> argparse.ArgumentParser:
         "table (for the results that are committed)",
     )
     compare.set_defaults(run=_run_compare)
-    _other_verbs(verbs)
+    _making(verbs)
+    _using(verbs)
     return top
 
 
-def _other_verbs(verbs: argparse._SubParsersAction) -> None:
+def _making(verbs: argparse._SubParsersAction) -> None:
+    """The verbs that make a packed model."""
     from . import verbs as do
     from .ptq import CODEBOOKS, ROTATIONS, QuantConfig
 
@@ -88,7 +90,7 @@ def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     common(quantize)
     quantize.add_argument("--out", type=path, required=True, metavar="FOLDER", help="the packed model, a new folder")
     quantize.add_argument("--codebook", choices=CODEBOOKS, default=default.codebook, help="(default: %(default)s)")
-    quantize.add_argument("--dim", type=int, default=default.dim, help="weights in a vector (default: %(default)s)")
+    quantize.add_argument("--dim", type=int, default=default.dim, help="weights per vector (default: %(default)s)")
     quantize.add_argument("--rotate", choices=ROTATIONS, default=default.rotate, help="(default: %(default)s)")
     quantize.add_argument(
         "--skip", nargs="+", type=name, default=[], metavar="PART", help="parts of names of layers to leave out"
@@ -109,6 +111,11 @@ def _other_verbs(verbs: argparse._SubParsersAction) -> None:
     train.add_argument("--seed", type=seed, default=0, help="of the order of the text (default: 0)")
     common(train, model=False)
     train.set_defaults(run=do.run_train)
+
+
+def _using(verbs: argparse._SubParsersAction) -> None:
+    """The verbs that use one, and `check`."""
+    from . import verbs as do
 
     export = verbs.add_parser("export", help="write a packed model as an ordinary checkpoint for other tools")
     export.add_argument("folder", type=path, help="packed model")

@@ -4,8 +4,8 @@ An *arm* is a way to quantize and, for most, to train after. All arms see the sa
 steps and teacher. Learning rates come from one search of equal size for each trained arm (scripts/search_rates.py,
 on validation text); the table is measured on test text that neither training nor the search has seen.
 
-    perplexity   exp of the mean loss a token                          evaluate.perplexity
-    KL           distance to the unquantized model, nats a token       evaluate.kl_to: tells arms apart that
+    perplexity   exp of the mean loss per token                        evaluate.perplexity
+    KL           distance to the unquantized model, nats per token     evaluate.kl_to: tells arms apart that
                                                                        perplexity on a small text cannot
 
 Each (arm, seed) gives one row, written to <run>/compare.json as soon as it is known (a temporary file, renamed). A run
@@ -95,7 +95,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm gets. Tokens; `window` tokens a sequence, `batch` sequences a step."""
+    """What every arm gets. Tokens; `window` tokens per sequence, `batch` sequences per step."""
 
     train_tokens: int = 61_440
     calibration_tokens: int = 32_768

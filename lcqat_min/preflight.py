@@ -1,4 +1,4 @@
-"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy a line.
+"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy in each line.
 
 It takes seconds, except the first time: then it builds the text, which takes a minute or two and spares notebooks the
 wait.
@@ -168,7 +168,7 @@ OPTIONAL = (processors, triton, gpu)
 
 
 def check() -> bool:
-    """Run all checks, print a line each; whether all that is needed is well."""
+    """Run all checks, print one line for each; whether all that is needed is well."""
     well = True
     for examine in (*NEEDED, *OPTIONAL):
         ok, found = _verdict(examine)

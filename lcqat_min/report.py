@@ -40,7 +40,7 @@ def cell(rows: list[dict], key: str, form: str) -> str:
 
 
 def table(data: dict) -> str:
-    """Markdown table of a results file, a line an arm."""
+    """Markdown table of a results file, one line per arm."""
     head = ["arm", "what", "bits a weight", "perplexity, PTQ", "perplexity, QAT", "KL, PTQ", "KL, QAT", "codes flipped"]
     what = {name: arm["what"] for name, arm in data["meta"]["config"]["arms"].items()}
     lines = [head, ["---"] * len(head)]
@@ -121,7 +121,7 @@ def _which_text(new: dict, committed: dict) -> str:
 
 
 def picture(data: dict, path: Path) -> None:
-    """Dot plot: an arm a line; from the open dot (after PTQ) to the full dot (after QAT); bars span the seeds."""
+    """Dot plot, one line per arm; from the open dot (after PTQ) to the full dot (after QAT); bars span the seeds."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
     groups = {arm: rows for arm, rows in by_arm(data["rows"]).items() if arm != "fp"}

@@ -122,7 +122,7 @@ def split_by_hash(texts: list[str]) -> dict[str, list[str]]:
 
 
 def _local_pieces(path: Path) -> list[str]:
-    """A file or folder, cut at blank lines into pieces of PIECE_CHARS or more but for the last of a file."""
+    """A file or folder, cut at blank lines into pieces of PIECE_CHARS or more, except the last of a file."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())

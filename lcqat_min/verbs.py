@@ -34,7 +34,7 @@ from .train import TrainConfig, train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
-FAR = 2.0  # nats a token: more than rounding to 2 bits moves a model
+FAR = 2.0  # nats per token: more than rounding to 2 bits moves a model
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -95,8 +95,8 @@ def _train(args: argparse.Namespace) -> None:
     judged = text.validation[:EVAL_TOKENS]
     before = kl_to(teacher, student, judged, window)
     if before > FAR:
-        print(f"note: the model is {before:.1f} nats a token from {args.teacher or BUNDLED}. Is that what it was made "
-              "from? --teacher names another.")
+        print(f"note: the model is {before:.1f} nats per token from {args.teacher or BUNDLED}. Is that what it was "
+              "made from? --teacher names another.")
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
     begun = _same_run(checkpoint, {"teacher": str(args.teacher or BUNDLED), "text": args.text, "tokens": args.tokens,
                                    "seed": args.seed, "text_digest": text.digest})
@@ -112,7 +112,7 @@ def _train(args: argparse.Namespace) -> None:
     del student  # else two models in training would be held
     with optional("the trained model is stored, but was not measured"):
         after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), judged, window)
-        print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
+        print(f"KL to the unquantized model on validation text, nats per token: {before:.4f} -> {after:.4f}")
 
 
 def run_export(args: argparse.Namespace) -> None:
