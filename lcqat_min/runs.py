@@ -25,7 +25,7 @@ from .hub import BUNDLED, DATA, choose_device, label, load
 from .locks import alone
 from .results import Results, optional, read_results, write_json
 from .sample import encode_prompt
-from .text import load_text
+from .text import load_text, say_if_repeated
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -44,8 +44,7 @@ def run_compare(args: argparse.Namespace) -> None:
         results = Results(folder / "compare.json", config)
         print(f"{config['model']} on {device}: {len(arms)} arms, seeds {seeds}, {budget}")
         print(f"writing to {folder}", flush=True)
-        if budget.train_tokens > len(text.train):
-            print(f"note: the text has {len(text.train)} tokens to train on, so it is shown more than once")
+        say_if_repeated(text, budget.train_tokens)
         _run_arms(Lab(teacher, tokenizer, text, budget, device), arms, seeds, args.prompt, results, folder)
         _show(results.data, args.prompt, folder)
         if args.save:

@@ -92,6 +92,12 @@ def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = No
     return Splits(**ids, source=source)
 
 
+def say_if_repeated(splits: Splits, tokens: int) -> None:
+    """Print a note where training on so many tokens shows some of the text more than once."""
+    if tokens > len(splits.train):
+        print(f"note: the text has {len(splits.train)} tokens to train on, so {tokens} show it more than once")
+
+
 def documents(source: str) -> dict[str, list[str]]:
     """The texts behind `load_text`, by split; train a tokenizer on documents(source)["train"] alone."""
     if source == "docstrings":

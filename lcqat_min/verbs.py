@@ -29,7 +29,7 @@ from .locks import alone
 from .ptq import QuantConfig
 from .results import difference, optional, write_json
 from .sample import continue_prompt
-from .text import batches, load_text, sample_windows
+from .text import batches, load_text, sample_windows, say_if_repeated
 from .train import TrainConfig, train
 
 WINDOW, BATCH = 256, 4
@@ -91,6 +91,7 @@ def _train(args: argparse.Namespace) -> None:
     steps = max(1, args.tokens // (window * BATCH))
     config = TrainConfig(steps, checkpoint_every=max(1, min(50, steps // 10)))
     print(config)
+    say_if_repeated(text, args.tokens)
     data = batches(text.train, window, BATCH, torch.Generator().manual_seed(args.seed))
     judged = text.validation[:EVAL_TOKENS]
     before = kl_to(teacher, student, judged, window)

@@ -4,6 +4,7 @@ pytest tests/test_compare.py
 """
 
 import copy
+import importlib.util
 import json
 import re
 import shutil
@@ -251,6 +252,33 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path):
         with pytest.raises(ValueError, match="text_digest was old, is new"):
             call(path, {"text_digest": "new"})
     assert [found["kl"] for found in results.rows_of(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("script", ["ablate", "search_rates"])
+def test_other_measurements_say_their_text_and_go_on_with_no_other(script, tiny_llama, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    ids = torch.arange(640) % 97
+    lab = compare.Lab(tiny_llama(), None, Splits(ids, ids, ids, "t"), TINY, torch.device("cpu"))
+    other = replace(lab, text=Splits(ids, ids, ids.flip(0), "t"))
+    if script == "ablate":
+        path = tmp_path / "ablations.json"
+        monkeypatch.setattr(made, "RESULTS", tmp_path)
+        monkeypatch.setattr(made, "trials", lambda: [("none", None, ARMS[4], 0)])
+        measure = made.switches
+    else:
+        path = tmp_path / "rates.json"
+        monkeypatch.setattr(made, "RESULTS", path)
+        monkeypatch.setattr(made, "STEPS", 1)
+        monkeypatch.setattr(made, "settings", lambda arm: [ARMS[4].rates])
+        measure = lambda lab: made.search(lab, ARMS[4])  # noqa: E731
+    for _ in range(2):  # the second finds the row of the first
+        measure(lab)
+        data = read_results(path)
+        assert len(data["rows"]) == 1 and data["meta"]["config"]["text_digest"] == lab.text.digest
+    with pytest.raises(ValueError, match=f"text_digest was {lab.text.digest}, is {other.text.digest}"):
+        measure(other)
 
 
 def test_results_name_no_commit_of_a_clone_around_an_installed_package(tmp_path, monkeypatch):

@@ -245,6 +245,14 @@ def test_digest_tells_texts_apart():
     assert moved.digest != expected
 
 
+def test_a_text_that_is_shown_more_than_once_is_told(capsys):
+    splits = text.Splits(torch.arange(8), torch.arange(4), torch.arange(4), "a")
+    text.say_if_repeated(splits, 8)
+    assert not capsys.readouterr().out
+    text.say_if_repeated(splits, 9)
+    assert "has 8 tokens to train on, so 9 show it more than once" in capsys.readouterr().out
+
+
 def test_tokens_that_a_model_does_not_have_are_refused(corpus, tiny_llama):
     assert len(text.load_text(str(corpus), CharTokenizer()).train)
     with pytest.raises(ValueError, match="the train text holds tokens from .*, the model knows 0 to 96"):
