@@ -48,7 +48,7 @@ class Factor:
 def second_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
 ) -> dict[str, Moments]:
-    """Run token batches [B, T] through the model; return the second moments of each named layer's inputs.
+    """Run token batches [B, T] without padding through the model; return the second moments of each layer's inputs.
 
     Layers that are fed the same tensor (query, key and value, say) share the product; a layer that no input reaches,
     such as an expert that is never chosen, is left out. Raises ValueError where there are no batches, and with the

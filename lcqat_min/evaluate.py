@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from .inputs import check_model, check_tokens, logits_of
 
-IGNORED = -100  # label of a position that is not scored; never a token id
+IGNORED = -100  # label of a position that is not scored; never a token id, and what cross_entropy passes over
 SLICE_ELEMENTS = 2**24  # logits upcast at a time: 64 MiB in float32
 
 

@@ -4,17 +4,18 @@ A layer is quantized where the model does nothing with its weight but to call th
 transformers' Conv1D with its transposed weight. What looks like that and is not:
 
     the output head, and layers that the caller skips by name
-    weights that are used in two places, as ties are
+    layers whose weight is used in two places, tied ones for example
     the small matrices of adapters (LoRA), which add to the layer that they adapt
-    in models of text and images: all that is outside of the language model, since no token of text goes there
-    layers whose weight the model reads or writes itself: what it reads there would be decoded again each time, or be
-    codes, and what it writes would be lost. `read_or_written` finds them while the model runs.
+    in models of text and images, all that is outside of the language model: no token of text goes there
+    layers whose weight the model reads or writes itself: it would read codes once the layer is packed, and what it
+    writes would be lost. `read_or_written` finds them while the model runs.
 
-Limits: code that is not reached by the text that is tried, or that goes around torch, is not noticed.
+Limits: code that a short text without a cache does not reach, or that goes around torch, is not noticed.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ BYPASSED = "the model reads or writes their weight itself, instead of calling th
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that `quantize` would replace; it leaves `read_or_written` ones of them, too."""
+    """Names and modules that `quantize` would replace, if `read_or_written` finds nothing against it."""
     return ((name, layer) for name, layer, why in _all_linear(model, skip) if not why)
 
 
@@ -81,19 +82,25 @@ class _Watch(TorchDispatchMode):
         self.running: list[str] = []
         self.found: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for this, which takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.layout == torch.strided and (name := self.names.get(x.data_ptr())):
-                if name not in self.running:
-                    self.found.add(name)
+            if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:  # others need not have an address
+                continue
+            if (name := self.names.get(x.data_ptr())) and name not in self.running:
+                self.found.add(name)
         return func(*args, **(kwargs or {}))
 
 
 def read_or_written(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> dict[str, str]:
-    """Names of those `layers` whose weight the model uses without calling them, and why that is no way.
+    """Names of those `layers` whose weight the model uses without calling them, with BYPASSED for each.
 
     Runs token ids [B, T] through the model in training mode and in evaluation mode, since some models rescale weights
-    when the mode changes. Modes, buffers and the random state are as before afterwards.
+    when the mode changes. Modes, buffers and the random state are as before afterwards. Raises what the model raises
+    in evaluation mode.
     """
     watch = _Watch(layers)
     with keep_modes(model), torch.no_grad(), _told_of_calls(layers, watch.running), watch:
@@ -136,7 +143,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
                for key, buffer in module.named_buffers(recurse=False)]
     device = input_device(model)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of training without gradients
             yield
     finally:
         for module, key, buffer, before in buffers:

@@ -40,12 +40,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Run, agree
+from .checkpoint import Run, agree, check_writable
 from .convert import quant_layers
 from .distillation import distillation_loss
 from .evaluate import IGNORED, keep_modes
 from .inputs import Batch, check_model, logits_of, read_batch
 from .linear import AffineLinear, StepLinear
+from .ptq import in_units
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TrainConfig:
 def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teacher: nn.Module | None = None,
           *, checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
           accelerator=None) -> list[dict]:
-    """Train `model` in place for config.steps batches of token ids [B, T]; returns the history.
+    """Train `model` in place for config.steps batches of token ids [B, T] (inputs.py); returns the history.
 
     teacher: the unquantized model, distilled from and set to evaluation mode; None trains on next tokens.
     checkpoint: a file to save to and, if it is there, to resume from. on_step(step, loss) is called after
@@ -105,12 +106,14 @@ def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teach
     and moved_* (root mean square of its movement).
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step and a layer;
-    TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary,
-    for too few batches or bad ones, for a checkpoint that is damaged or of another run, and where there is nothing
-    to distil: a model that is not quantized, a teacher that is.
+    TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary or with
+    parameters of the model, for too few batches or bad ones, for a checkpoint that is damaged or of another run, and
+    where there is nothing to distil: a model that is not quantized, a teacher that is.
     """
     accelerator = _OneProcess() if accelerator is None else accelerator
     _check(model, teacher, accelerator)
+    if checkpoint:
+        check_writable()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
     # After prepare, which may move the parameters to another device.
@@ -125,7 +128,7 @@ def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teach
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
             ids, mask = read_batch(batch, model, "training")
-            loss = _loss(loop_model, ids.to(run.device), None if mask is None else mask.to(run.device), teacher)
+            loss = _loss(loop_model, ids, mask, teacher)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
             accelerator.backward(loss)
@@ -146,7 +149,7 @@ def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teach
             if checkpoint and due and accelerator.is_main_process:
                 run.save(checkpoint, done, tokens, history, losses)
     if done < config.steps:
-        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
+        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
     return history
 
 
@@ -158,6 +161,11 @@ def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
     if teacher is not None and not any(quant_layers(model)):
         raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
                          "one with load_packed(folder, trainable=True)")
+    theirs = set() if teacher is None else set(map(id, teacher.parameters()))
+    if shared := [name for name, p in model.named_parameters() if p.requires_grad and id(p) in theirs]:
+        raise ValueError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing it")
+    if away := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
                          "takes one: give larger batches, or more processes")
@@ -193,7 +201,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             for name in names:
                 if isinstance(value := getattr(layer, name, None), nn.Parameter):
                     size = layer.A if name == "b" else value  # b starts near zero: measure it by A
-                    kinds[id(value)] = kind, rate * size.detach().square().mean().sqrt().item()
+                    kinds[id(value)] = kind, rate * _root_mean_square(size.detach())
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -208,6 +216,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return groups
 
 
+def _root_mean_square(x: Tensor) -> float:
+    x, unit = in_units(x)  # else squares of very large or small numbers are inf or 0
+    return x.square().mean().sqrt().item() * unit
+
+
 def bin_width(layer: nn.Module) -> float:
     """Width of a rounding bin in units of the layer's latents: 1 on a grid, 2 from -1 to +1, or the step."""
     if isinstance(layer, StepLinear):
@@ -217,12 +230,12 @@ def bin_width(layer: nn.Module) -> float:
 
 def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
     logits = logits_of(model, ids, mask)
+    ids, mask = (None if given is None else given.to(logits.device) for given in (ids, mask))
     if teacher is None:
         following = ids[:, 1:]
         if mask is not None:
             following = following.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following.flatten(),
-                                           ignore_index=IGNORED)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following.flatten())
     with torch.no_grad():
         target = logits_of(teacher.eval(), ids, mask).to(logits.device)
     return distillation_loss(logits, target) if mask is None else distillation_loss(logits[mask], target[mask])

@@ -29,6 +29,7 @@ from lcqat_min.linear import AffineLinear, StepLinear, TableLinear
 from lcqat_min.lloyd import fit, mean_squared_error, table_start
 from lcqat_min.ptq import CODEBOOKS, ROTATIONS, QuantConfig
 from lcqat_min.storage import pack_layers
+from lcqat_min.train import parameter_groups
 
 BLOCK = ("layers.1", "h.1.", "lm_head")  # skip the second block: half the time
 PAIR = (*BLOCK, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")  # leaves two layers
@@ -294,6 +295,53 @@ def test_a_layer_of_zeros_stays_finite(odd_net, generator, kind):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in odd_net.parameters())
 
 
+def scaled(net: OddNet, weights: float, inputs: float) -> OddNet:
+    """The same net, with the first layer and what it is fed multiplied by powers of four."""
+    net = copy.deepcopy(net)
+    net.first.weight.data.mul_(weights)
+    net.embedding.weight.data.mul_(inputs)
+    net.forward = lambda input_ids, use_cache=True: SimpleNamespace(
+        logits=net.second(net.first(net.embedding(input_ids)).double().div(weights * inputs).float()))
+    net.first.bias.data.zero_()
+    return net
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_weights_and_inputs_of_any_size_are_rounded_alike(odd_net, generator, kind):
+    """Squares of 1e25 and of 1e-30 are beyond fp32, the numbers themselves are not."""
+    batches = [torch.randint(11, (3, 20), generator=generator)]
+    config = QuantConfig(codebook=kind, dim=2)
+    first, expected, codes = None, None, None
+    for weights, inputs in ((1, 1), (4.0**42, 1), (4.0**-50, 1), (1, 4.0**40), (1, 4.0**-50), (4.0**42, 4.0**-50)):
+        model = scaled(odd_net, weights, inputs)
+        reports = quantize(model, batches, config)
+        W, found = model.first.weight.detach().double() / weights, model.first.codes()
+        if expected is None:
+            first, expected, codes = reports[0], W, found
+        assert reports[0] == first and first.loss > 0
+        assert torch.equal(found, codes)
+        torch.testing.assert_close(W, expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_beyond_fp32_once_rounded_is_named(odd_net, generator):
+    odd_net.first.weight.data.fill_(3e38)
+    odd_net.embedding.weight.data.mul_(1e-30)  # so that the next layer is fed finite numbers
+    batches = [torch.randint(11, (3, 20), generator=generator)]
+    fails_and_leaves_alone(odd_net, batches, r"'first' reaches 3e\+38: once rounded, it is more than fp32 holds")
+
+
+@pytest.mark.parametrize("size", [4.0**42, 4.0**-50])
+def test_scales_of_any_size_train_in_their_own_unit(odd_net, generator, size):
+    ids = torch.randint(11, (3, 20), generator=generator)
+    rates = []
+    for weights in (1, size):
+        model = scaled(odd_net, weights, 1)
+        quantize(model, [ids], QuantConfig(codebook="scalar", rotate="none"))
+        groups = {group["name"]: group["full_lr"] for group in parameter_groups(model, TrainConfig(1))}
+        rates.append(groups["first.row_scale"] / weights)
+    assert rates[0] == rates[1] > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_get_fp32_layers(tiny_gpt2, batches, dtype):
     model = tiny_gpt2().to(dtype)
@@ -322,7 +370,8 @@ def test_weights_used_in_two_places_stay(odd_net, generator):
     odd_net.third = nn.Linear(7, 11, bias=False)
     odd_net.third.weight = odd_net.second.weight
     assert [name for name, _ in linear_layers(odd_net)] == ["first"]
-    quantize(odd_net, [torch.randint(11, (3, 20), generator=generator)], QuantConfig())
+    with pytest.warns(RuntimeWarning, match="not quantized: second, third; their weight is used in two places"):
+        quantize(odd_net, [torch.randint(11, (3, 20), generator=generator)], QuantConfig())
     assert odd_net.third.weight is odd_net.second.weight
 
 
@@ -437,7 +486,7 @@ def test_an_error_in_the_last_layer_leaves_the_model_as_it_was(tiny_llama, batch
     ([torch.zeros(0, 8, dtype=torch.long)], "no calibration tokens"),
     (torch.zeros(4, 8, dtype=torch.long), r"torch.int64 \[8\].*windows.split\(8\)"),
     ([torch.zeros(2, 8)], r"torch.float32 \[2, 8\].*integers"),
-    ([{"input_ids": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
+    ([{"labels": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
 ])
 def test_wrong_batches(tiny_gpt2, wrong, match):
     fails_and_leaves_alone(tiny_gpt2(), wrong, match)
