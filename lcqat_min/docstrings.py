@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 PACKAGES = tuple(
-    "torch numpy scipy sympy networkx pandas matplotlib transformers datasets tokenizers safetensors "
+    "torch numpy sympy networkx pandas matplotlib transformers datasets tokenizers safetensors "
     "huggingface_hub accelerate pyarrow mpmath PIL fontTools setuptools pydantic IPython jedi jinja2 "
     "hypothesis rich requests fsspec".split()
 )

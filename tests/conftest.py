@@ -1,5 +1,6 @@
 """What all tests share: no network, no GPU, quiet, few threads, small random models of two kinds."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
     )
-    return lambda seed=0: _seeded(LlamaForCausalLM, config, seed)
+    return lambda seed=0: _seeded(LlamaForCausalLM, copy.deepcopy(config), seed)  # tests change it
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +50,7 @@ def tiny_gpt2() -> Callable[..., torch.nn.Module]:
         vocab_size=97, n_embd=32, n_inner=48, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2,
         embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )
-    return lambda seed=0: _seeded(GPT2LMHeadModel, config, seed)
+    return lambda seed=0: _seeded(GPT2LMHeadModel, copy.deepcopy(config), seed)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
@@ -21,7 +23,7 @@ CORE = (
     "checkpoint distillation train evaluate docstrings text"
 ).split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
-TARGETS = "help setup compare test bench figures notebooks slides lint lab clean".split()
+TARGETS = "help setup compare test anywhere bench figures notebooks slides lint lab lock clean".split()
 
 
 def normalized(requirement: str) -> str:
@@ -35,9 +37,13 @@ def requirements() -> list[str]:
 
 
 def pins() -> dict[str, str]:
+    """Project -> the one version that suits this Python and system."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {normalized(name): version for name, version in pinned}
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    here = [one for one in wanted if one.marker is None or one.marker.evaluate()]
+    found = {normalized(one.name): str(one.specifier).removeprefix("==") for one in here}
+    assert len(found) == len(here) and all(re.fullmatch(r"==[^,]+", str(one.specifier)) for one in here)
+    return found
 
 
 @pytest.mark.parametrize("requirement", requirements())
@@ -51,6 +57,15 @@ def test_every_dependency_is_explained_and_pinned(requirement):
 
 def numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]
+
+
+def test_the_text_of_every_reader_is_made_of_pinned_packages():
+    """Also of packages that others bring in: a new version of one is another text, and other figures."""
+    from lcqat_min.docstrings import PACKAGES
+
+    owners = packages_distributions()
+    assert set(PACKAGES) <= owners.keys(), "not brought in by this project: some readers have it, others do not"
+    assert {normalized(owner) for name in PACKAGES for owner in owners[name]} <= pins().keys()
 
 
 def test_conda_environment_has_one_source_and_the_same_pins():
