@@ -4,7 +4,7 @@ A file is JSON: {"meta": ..., "rows": [...]} and whatever else its maker adds. `
 settings, commit, versions, machine and date. Every change writes the whole file under another name and renames it, so
 a run that is cut off leaves the last whole file, and the next start goes on from its rows.
 
-Gives up: two processes that write one file at the same moment may lose a row; neither can damage the file.
+Several processes may add to one file: each takes a lock (locks.py), reads the file again, adds its rows and writes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from .locks import alone
 
 
 class Results:
@@ -25,12 +30,7 @@ class Results:
     def __init__(self, path: Path, config: dict):
         self.path = path
         if path.exists():
-            self.data = read_results(path)
-            if self.data["meta"]["config"] != config:
-                raise ValueError(
-                    f"{path} was made with other settings: {difference(self.data['meta']['config'], config)}. "
-                    "Resume with the same ones, or start a new run."
-                )
+            self.data = _made_with(path, config)
         else:
             self.data = {"meta": describe(config), "rows": [], "curves": {}, "samples": {}}
 
@@ -38,15 +38,40 @@ class Results:
         """Whether this row is there already."""
         return any(row["arm"] == arm and row["seed"] == seed for row in self.data["rows"])
 
-    def add(self, row: dict, history: list[dict], sample: str | None) -> None:
+    def add(self, row: dict, history: list[dict], sample: str | None = None) -> None:
         """Take in a finished arm and write the file."""
-        self.data["rows"].append(row)
-        self.data["curves"][f"{row['arm']}/{row['seed']}"] = [
-            {key: point[key] for key in ("tokens", "loss", "flips")} for point in history
-        ]
+        with self._changed() as data:
+            if not self.has(row["arm"], row["seed"]):
+                data["rows"].append(row)
+            data["curves"][f"{row['arm']}/{row['seed']}"] = [
+                {key: point[key] for key in ("tokens", "loss", "flips")} for point in history
+            ]
         if sample is not None:
-            self.data["samples"][row["arm"]] = sample
-        write_json(self.path, self.data)
+            self.add_sample(row["arm"], sample)
+
+    def add_sample(self, arm: str, sample: str) -> None:
+        """Take in how an arm continued the prompt and write the file."""
+        with self._changed() as data:
+            data["samples"][arm] = sample
+
+    @contextmanager
+    def _changed(self) -> Iterator[dict]:
+        with alone(self.path, wait=True):
+            if self.path.exists():  # another process may have added to it
+                self.data = read_results(self.path)
+            yield self.data
+            write_json(self.path, self.data)
+
+
+def _made_with(path: Path, config: dict) -> dict:
+    """A results file that was made with these settings; ValueError that names the difference for any other."""
+    data = read_results(path)
+    if data["meta"]["config"] != config:
+        raise ValueError(
+            f"{path} was made with other settings: {difference(data['meta']['config'], config)}. Go on with the same "
+            "ones, or begin a new file: without --resume, or after moving this one away."
+        )
+    return data
 
 
 def read_results(path: Path) -> dict:
@@ -61,16 +86,39 @@ def read_results(path: Path) -> dict:
         ) from error
 
 
-def rows_of(path: Path) -> list[dict]:
-    """Rows of a results file that may not be there yet; read anew each time, since another process may add some."""
-    return read_results(path)["rows"] if path.exists() else []
+def rows_of(path: Path, config: dict | None = None) -> list[dict]:
+    """Rows of a results file that may not be there yet; read anew each time, since another process may add some.
+
+    config: ValueError if the file was made with other settings.
+    """
+    if not path.exists():
+        return []
+    return (read_results(path) if config is None else _made_with(path, config))["rows"]
 
 
 def add_row(path: Path, row: dict, config: dict) -> None:
-    """Append a finished row, with a commit and a date of its own: several runs may make one file."""
+    """Append one finished row; see add_rows."""
+    add_rows(path, [row], config)
+
+
+def add_rows(path: Path, rows: list[dict], config: dict) -> None:
+    """Append finished rows, all or none, each with a commit and a date of its own: several runs may make one file.
+
+    ValueError if the file was made with other settings than `config`.
+    """
     meta = describe(config)
     made = {key: meta[key] for key in ("commit", "date")}
-    write_json(path, {"meta": meta, "rows": [*rows_of(path), row | made]})
+    with alone(path, wait=True):
+        write_json(path, {"meta": meta, "rows": [*rows_of(path, config), *(row | made for row in rows)]})
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """For what comes after the work is stored: if it fails, that is a note on stderr and not the end of the command."""
+    try:
+        yield
+    except Exception as error:
+        print(f"note: {what} ({type(error).__name__}: {str(error) or 'no message'})", file=sys.stderr)
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -104,8 +152,10 @@ def describe(config: dict) -> dict:
 
 
 def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps below a clone of something else
+        return None
     try:
-        root = Path(__file__).resolve().parents[1]
         return subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
         ).stdout.strip()

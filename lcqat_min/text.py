@@ -15,7 +15,7 @@ Two rules make the numbers trustworthy:
   changed.
 * Documents are ordered by that hash, so the same texts give the same ids on every file system.
 
-What it gives up: docstrings resemble each other (docstrings.py), so this validation text is easier than one of
+Limits: docstrings resemble each other (docstrings.py), so this validation text is easier than one of
 another field would be; and perplexities of readers with other package versions differ a little. Compare two
 models on one machine, or use "wikitext2", the same for everyone.
 
@@ -24,23 +24,21 @@ models on one machine, or use "wikitext2", the same for everyone.
 """
 
 import hashlib
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import LongTensor
 
-from .docstrings import docstrings, installed_versions
+from .cache import cached
+from .docstrings import docstrings
 
 SPLITS = ("train", "validation", "test")
 PIECE_CHARS = 1000  # a local file is cut at blank lines into pieces of at least this length
 MIN_SPLIT_TOKENS = 256  # one window of the usual length
-FORMAT = 1  # part of the cache key: raise it when reading or splitting changes
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,16 @@ class Splits:
     test: LongTensor
     source: str
 
+    @property
+    def digest(self) -> str:
+        """Which text this is, as 16 hex digits: results of another one differ. Needs numpy."""
+        found = hashlib.sha256()
+        for name in SPLITS:
+            ids = getattr(self, name)
+            found.update(len(ids).to_bytes(8, "little"))
+            found.update(ids.int().numpy().astype("<i4").tobytes())
+        return found.hexdigest()[:16]
+
 
 def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Splits:
     """Token ids of a corpus, split into train, validation and test.
@@ -62,8 +70,7 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
             are dealt out by hash like documents: a window holds several pieces, and test pieces have neighbours
             in train, so such perplexities compare models and are not those of the text read in order.
         tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
-        cache_dir: where ids of the named sources are kept. Default: $LCQAT_CACHE, else
-            $XDG_CACHE_HOME/lcqat-min, else ~/.cache/lcqat-min. Local files are read anew each time.
+        cache_dir: where ids of the named sources are kept (cache.py). Local files are read anew each time.
 
     Raises:
         ValueError: unknown source, too little text, or a tokenizer without end-of-text token.
@@ -73,10 +80,9 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
     if source not in ("docstrings", "wikitext2"):
-        return _tokenize(source, tokenizer)
-    folder = Path(cache_dir) if cache_dir is not None else default_cache()
-    path = folder / f"{source}-{_fingerprint(source, tokenizer)}.safetensors"
-    return _cached(path, source, lambda: _tokenize(source, tokenizer))
+        return Splits(**_tokenize(source, tokenizer), source=source)
+    ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
+    return Splits(**ids, source=source)
 
 
 def documents(source: str) -> dict[str, list[str]]:
@@ -85,7 +91,7 @@ def documents(source: str) -> dict[str, list[str]]:
         return split_by_hash(docstrings(_quiet()))
     if source == "wikitext2":
         return _wikitext2()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise ValueError(
             f"unknown text source {source!r}: accepted are 'docstrings', 'wikitext2', or the path of an "
@@ -113,6 +119,8 @@ def _local_pieces(path: Path) -> list[str]:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+        if not files:
+            raise ValueError(f"the folder {path} holds no .txt or .md file: give the folder of such files, or one file")
     pieces = []
     for file in files:
         piece = ""
@@ -134,10 +142,15 @@ def _utf8(file: Path) -> str:
 
 
 def _wikitext2() -> dict[str, list[str]]:
-    import datasets
-
     try:
+        import datasets
+
         data = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"WikiText-2 is read by `datasets`, which cannot be imported ({error}): pip install datasets. "
+            "source='docstrings' needs neither it nor a network."
+        ) from error
     except Exception as error:  # offline, timeout, proxy, missing, ...: the remedy is the same
         raise FileNotFoundError(
             f"WikiText-2 is not in the cache of `datasets` and cannot be downloaded ({type(error).__name__}: "
@@ -146,10 +159,10 @@ def _wikitext2() -> dict[str, list[str]]:
     return {name: ["\n\n".join(data[name]["text"])] for name in SPLITS}
 
 
-# ------------------------------------------------------------------------------------- token ids and cache
+# --------------------------------------------------------------------------------------------- token ids
 
 
-def _tokenize(source: str, tokenizer) -> Splits:
+def _tokenize(source: str, tokenizer) -> dict[str, LongTensor]:
     texts = documents(source)
     ids = {name: encode(texts[name], tokenizer, name) for name in SPLITS}
     if min(map(len, ids.values())) < MIN_SPLIT_TOKENS:
@@ -158,7 +171,7 @@ def _tokenize(source: str, tokenizer) -> Splits:
             f"too little text in {source!r}: got {got} tokens, and each needs at least {MIN_SPLIT_TOKENS}. "
             "Validation and test get 2 % each, so give 250 000 characters or more, with blank lines to cut at"
         )
-    return Splits(**ids, source=source)
+    return ids
 
 
 def encode(texts: list[str], tokenizer, name: str = "text") -> LongTensor:
@@ -171,44 +184,6 @@ def encode(texts: list[str], tokenizer, name: str = "text") -> LongTensor:
         for document in chunk:
             ids += [*document, tokenizer.eos_token_id]
     return torch.tensor(ids[:-1], dtype=torch.long)
-
-
-def default_cache() -> Path:
-    """$LCQAT_CACHE, else $XDG_CACHE_HOME/lcqat-min, else ~/.cache/lcqat-min."""
-    if os.environ.get("LCQAT_CACHE"):
-        return Path(os.environ["LCQAT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcqat-min"
-
-
-def _fingerprint(source: str, tokenizer) -> str:
-    """What the ids depend on, as 16 hex digits: tokenizer, versions of packages and of Python, format."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    versions = installed_versions() if source == "docstrings" else []
-    key = json.dumps([FORMAT, source, versions, tokenizer.eos_token_id, vocabulary])
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _cached(path: Path, source: str, build: Callable[[], Splits]) -> Splits:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    if path.exists():
-        try:
-            tensors = load_file(path)
-            return Splits(**{name: tensors[name].long() for name in SPLITS}, source=source)
-        except (SafetensorError, KeyError, OSError) as error:
-            print(f"note: cannot read the cached text {path} ({error}); building it anew", file=sys.stderr)
-    splits = build()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(splits, name).int() for name in SPLITS}, temporary)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        print(f"note: cannot keep the text in {path} ({error}), so it will be built anew each time; set LCQAT_CACHE "
-              "to a folder that can be written", file=sys.stderr)
-    return splits
 
 
 def _quiet() -> bool:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcqat_min import docstrings, text
+from lcqat_min import cache, docstrings, text
 
 texts_strategy = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=30)
 
@@ -194,23 +194,23 @@ def test_a_cache_that_cannot_be_written_is_a_note(fake_package, tmp_path, capsys
 
 def test_cache_key_follows_tokenizer_and_versions(monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", ("torch",))
-    key = text._fingerprint("docstrings", CharTokenizer())
-    assert key == text._fingerprint("docstrings", CharTokenizer())
-    assert key != text._fingerprint("docstrings", CharTokenizer(shift=1))
-    assert key != text._fingerprint("wikitext2", CharTokenizer())
+    key = cache.fingerprint("docstrings", CharTokenizer())
+    assert key == cache.fingerprint("docstrings", CharTokenizer())
+    assert key != cache.fingerprint("docstrings", CharTokenizer(shift=1))
+    assert key != cache.fingerprint("wikitext2", CharTokenizer())
     monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "999")
-    assert key != text._fingerprint("docstrings", CharTokenizer())
+    assert key != cache.fingerprint("docstrings", CharTokenizer())
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("LCQAT_CACHE", raising=False)
-    assert text.default_cache() == tmp_path / "xdg" / "lcqat-min"
+    assert cache.default_cache() == tmp_path / "xdg" / "lcqat-min"
     monkeypatch.setenv("LCQAT_CACHE", str(tmp_path / "own"))
-    assert text.default_cache() == tmp_path / "own"
+    assert cache.default_cache() == tmp_path / "own"
     monkeypatch.delenv("LCQAT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert text.default_cache() == Path.home() / ".cache" / "lcqat-min"
+    assert cache.default_cache() == Path.home() / ".cache" / "lcqat-min"
 
 
 # -------------------------------------------------------------------------------------------- wikitext2

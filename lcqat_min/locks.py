@@ -1,0 +1,66 @@
+"""One process at a time: a lock beside the file that is worked on.
+
+The lock is the operating system's, on an open file of the name `<file>.lock`. The system releases it when its process
+ends, however it ends, so a lock is never left behind by a process that was killed. (The empty file may be; it means
+nothing.)
+
+Limits: a file system without locks lets everybody in. What is written there is still never damaged, since files are
+written whole and renamed; but of two processes that add to one file at the same moment, one may lose its rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # another process holds the lock; other errors: there are no locks
+
+
+@contextmanager
+def alone(path: Path, wait: bool = False) -> Iterator[None]:
+    """One process at a time in here for `path`. Another one waits (wait), or gets a ValueError that says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(path.name + ".lock")
+    while True:
+        file = open(name, "ab")
+        if not (held := _held_elsewhere(file)) and _is_named(file, name):
+            break
+        file.close()
+        if held and not wait:
+            raise ValueError(f"another process is working on {path}: wait until it has ended, or give another folder")
+        time.sleep(0.02)
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps the name of an open file; an empty file stays there
+                name.unlink()
+
+
+def _held_elsewhere(file: IO) -> bool:
+    """Take the lock of an open file; True if another process, or another call of this one, has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in HELD
+    return False
+
+
+def _is_named(file: IO, name: Path) -> bool:
+    """Whether an open file still has this name: the one who had the lock before removed it at the end."""
+    try:
+        return os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+    except OSError:
+        return False
