@@ -2,7 +2,7 @@
 
 safetensors (0.8) writes under a random name beside the file and renames that. Left to itself it gives every file the
 mode 600, so that nobody else can read it, and a process that is killed leaves the random name behind. So it writes into
-a folder of ours here: `<file>.saving`. What a killed process left there is removed by the next one that saves the same
+a folder of ours here: `<file>.part`. What a killed process left there is removed by the next one that saves the same
 file; a lock (locks.py) keeps away from the folder of a process that still runs. The mode is the one that any new file
 gets (umask).
 
@@ -31,7 +31,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     path = path.expanduser()
     with alone(path, wait=True):
-        part = path.with_name(path.name + ".saving")
+        part = path.with_name(path.name + ".part")
+        if part.is_file():  # of an earlier version
+            part.unlink()
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         part.mkdir()
         try:
