@@ -49,7 +49,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what goes wrong with `path` in here into a ValueError that says what it is and, for damage, the `remedy`."""
+    """Say of what goes wrong with `path` in here what it is, with the `remedy` where the file is missing or damaged.
+
+    FileNotFoundError, PermissionError or another OSError for a file that cannot be opened, ValueError for damage.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -57,11 +60,11 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
             pass
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: {remedy}") from error
+        raise FileNotFoundError(f"{path} is missing: {remedy}") from error
     except PermissionError as error:
-        raise ValueError(f"{path} may not be read by this user: its owner can permit it, for instance by chmod a+r"
-                         ) from error
+        raise PermissionError(f"{path} may not be read by this user: its owner can permit it, for instance by chmod a+r"
+                              ) from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
+        raise OSError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): {remedy}") from error

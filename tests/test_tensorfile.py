@@ -1,7 +1,7 @@
 """Files of tensors: whole or not at all, as readable as umask says, nothing left behind, faults called what they are.
 
-Checked: modes under two umasks, and that nothing else here writes tensors; a process killed while it writes, and one that still
-runs; a write that fails; missing, forbidden, damaged and unreadable files, told apart.
+Checked: modes under two umasks, and that nothing else here writes tensors; a process killed while it writes, and one
+that still runs; a write that fails; missing, forbidden, damaged and unreadable files, told apart.
 """
 
 import os
@@ -93,17 +93,17 @@ def test_what_a_killed_process_left_is_cleared_and_a_running_one_is_waited_for(t
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "make, kind, message",
     [
-        (lambda file: None, "file.safetensors is missing: make it again"),
-        (lambda file: file.write_bytes(b"\xff" * 64), "file.safetensors is truncated or damaged .*: make it again"),
-        (lambda file: file.mkdir(), "file.safetensors cannot be read .*try again, or make it again"),
+        (lambda file: None, FileNotFoundError, "file.safetensors is missing: make it again"),
+        (lambda file: file.write_bytes(b"\xff" * 64), ValueError, "file.safetensors is truncated or damaged .*: make"),
+        (lambda file: file.mkdir(), OSError, "file.safetensors cannot be read .*try again, or make it again"),
     ],
 )
-def test_missing_damaged_and_unreadable_are_told_apart(make, message, tmp_path):
+def test_missing_damaged_and_unreadable_are_told_apart(make, kind, message, tmp_path):
     file = tmp_path / "file.safetensors"
     make(file)
-    with pytest.raises(ValueError, match=message), reading(file, "make it again"):
+    with pytest.raises(kind, match=message), reading(file, "make it again"):
         load_file(file)
 
 
@@ -119,5 +119,5 @@ def test_a_file_of_somebody_else_is_forbidden_and_not_missing(tmp_path, monkeypa
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(ValueError, match="may not be read by this user: .*chmod a\\+r"), reading(file, "make it again"):
+    with pytest.raises(PermissionError, match="may not be read by this user: .*chmod a\\+r"), reading(file, "make it"):
         raise FileNotFoundError(f"No such file or directory: {file}")
