@@ -55,8 +55,12 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
 
     The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
     configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model
-    without quantized layers, with tensors that its configuration does not build, or with an untied head; for numbers
-    that fp16 or dtype cannot hold, for a folder of something else; TypeError for a model that is not of transformers.
+    without quantized layers, with tensors that its configuration does not build or that are offloaded, or with an
+    untied head; for numbers that fp16 or dtype cannot hold; for a folder of something else, or one that another process
+    saves to. TypeError for a model that is not of transformers.
+
+    Code that came with the model is saved beside it, and so are, where the folder has none, the files of a processor
+    (images, sound, chats) from where the model was loaded. The tokenizer is not.
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
@@ -169,6 +173,9 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
         raise ValueError("the model has no quantized layer: call quantize first, or save it as it is by "
                          "model.save_pretrained")
     rest, state = {}, model.state_dict()
+    if away := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole, without "
+                         "device_map")
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
         partner = state.get(model.all_tied_weights_keys.get(key))
