@@ -7,7 +7,7 @@
 
 A file is refused before anything is touched when it is damaged, was made with other settings, or started from
 another model. The same quantization with another number of threads or on another device differs in last digits:
-such a start counts as the same (ALIKE), and the file's is taken. Gives up: neither the teacher nor the text is in
+such a start counts as the same (ALIKE), and the file's is taken. Limits: neither the teacher nor the text is in
 the file; bring the same ones.
 """
 

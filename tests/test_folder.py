@@ -5,6 +5,8 @@ shards, their damage and their digest; modes; code of a model's own, processors,
 write; homes, links and odd names.
 """
 
+import copy
+import functools
 import json
 import os
 import pathlib
@@ -28,15 +30,16 @@ QUICK = QuantConfig(codebook="scalar", feedback=False, refits=0)
 SEVERAL = 6000  # bytes of a shard that cut these models into a few files
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(tiny_llama) -> Callable[[int], torch.nn.Module]:
+    @functools.cache
     def quantized(seed: int) -> torch.nn.Module:
         model = tiny_llama(seed).eval()
         quantize(model, [TOKENS], QUICK)
         to_storage_precision(model)
         return model
 
-    return quantized
+    return lambda seed: copy.deepcopy(quantized(seed))
 
 
 @pytest.fixture
@@ -92,6 +95,10 @@ class Killed(BaseException):
     pass
 
 
+def killed(*args) -> None:
+    raise Killed
+
+
 class Steps:
     """Counts what changes files; `last` is the step that raises, and after it all do, if it is a death."""
 
@@ -122,8 +129,9 @@ def test_a_save_that_ends_at_any_step_leaves_one_model_whole(death, old, new, ti
         tensors = {key: torch.full((10,), number) for key in ("a", "b")}
         write_folder(model, tensors, place, torch.float32, complete)
 
-    def killed(part: Path) -> None:
-        raise Killed
+    def loads_as_what_it_says() -> None:
+        visible = {name: data for name, data in contents(folder).items() if not name.startswith(".")}
+        assert visible in wholes.values() or "config.json" not in visible
 
     wholes = {}
     for name, number, shard in (("old", 0.0, old), ("new", 1.0, new)):
@@ -143,6 +151,12 @@ def test_a_save_that_ends_at_any_step_leaves_one_model_whole(death, old, new, ti
         with monkeypatch.context() as patch, pytest.raises(Killed):
             Steps(patch, last, death)
             write(folder, 1.0)
+        loads_as_what_it_says()
+        if death:  # and the next one dies while it clears up
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                Steps(patch, last % 9, death)
+                write(folder, 2.0, killed)
+            loads_as_what_it_says()
         with pytest.raises(Killed):  # a save that clears up, but moves nothing
             write(folder, 2.0, killed)
         ends |= {name for name, whole in wholes.items() if contents(folder) == whole} or {f"neither at {last}"}
@@ -180,14 +194,17 @@ def test_two_saves_at_once_are_not_mixed(model, saved, make):
     assert contents(saved) == before
 
 
-def test_an_interrupted_save_says_where_the_old_files_are(model, saved):
+def test_an_interrupted_save_says_where_the_old_files_are(model, saved, monkeypatch):
     whole, before = contents(saved), saved / ".before-save"
     before.mkdir()
     for name in ("README.md", "config.json", "model.safetensors"):
         shutil.move(saved / name, before / name)
     with pytest.raises(FileNotFoundError, match=r"save again, or move the files in .*before-save back"):
         load_packed(saved)
-    save_packed(model, saved)
+    (saved / "config.json").write_text("{}")  # of somebody who tried to help
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("lcqat_min.pack.configure", killed)
+        save_packed(model, saved)
     assert contents(saved) == whole
 
 

@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "constants digits codebook search lloyd rotate rounding calibrate feedback ptq linear convert checkpoint "
-    "distillation train evaluate docstrings text"
+    "distillation train evaluate docstrings text locks tensorfile"
 ).split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
 TARGETS = "help setup compare test bench figures notebooks slides lint lab clean".split()

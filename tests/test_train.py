@@ -352,11 +352,13 @@ def test_a_damaged_checkpoint_says_so(pair, tmp_path, damage):
     refused(pair("planes")[1], teacher, RUN, path, r"run\.safetensors is .* no whole checkpoint, delete it")
 
 
-def test_a_half_written_file_is_ignored(pair, tmp_path):
+def test_a_half_written_file_is_ignored_and_a_home_is_found(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     path = tmp_path / "run.safetensors"
     path.with_name(path.name + ".part").write_bytes(b"half")
     teacher, model = pair("planes")
-    history = train(model, stream(), RUN, teacher, checkpoint=path)
+    history = train(model, stream(), RUN, teacher, checkpoint=Path("~") / path.name)
     _, plain = pair("planes")
     assert history == train(plain, stream(), RUN, teacher)
     assert same(state(model), state(plain))
