@@ -64,7 +64,7 @@ class PackedQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: nn.Module) -> None:
         """For a model whose layers are packed no more."""
         super().remove_quantization_config(model)
-        del model.num_parameters
+        vars(model).pop("num_parameters", None)
 
     def _dequantize(self, model: nn.Module, **kwargs: object) -> nn.Module:
         raise NotImplementedError("a packed model is not unpacked in place: lcqat_min.pack.export_dense(model, folder) "
@@ -90,7 +90,7 @@ def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
     """The layers that `model` has, too, by its own names: those of a model with a head have one prefix more."""
     prefix = f"{model.base_model_prefix}."
     has = {name for name, _ in model.named_modules()}
-    names = {name: own for name in forms for own in (name, name.removeprefix(prefix), prefix + name) if own in has}
+    names = {name: own for name in forms for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
     if not names or any(form.owner and form.owner not in names for name, form in forms.items() if name in names):
         raise ValueError(f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
                          "with the class that config.json names under `architectures`")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def digest(forms: dict[str, dict], files: Sequence[Path]) -> str:
 def config_of(folder: Path) -> dict:
     """config.json of a folder; OSError where it is missing or cannot be read, ValueError where it is none."""
     before, file = folder / BEFORE, folder / "config.json"
-    hint = f"; a save was interrupted: save again, or move the files in {before} back" if before.is_dir() else ""
+    hint = f"; a save was interrupted: save again, or move the files in {before} back" if os.path.isdir(before) else ""
     try:
         config = json.loads(_text(file, f"give a folder that save_packed wrote{hint}"))
         dict(config.get("quantization_config") or {})
