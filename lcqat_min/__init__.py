@@ -2,9 +2,9 @@
 
     from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
 
-The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, linear, convert,
-checkpoint, distillation, train, evaluate) needs torch and the standard library alone; a checkpoint wants safetensors, a
-progress bar tqdm. With numpy, rounding is faster.
+The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, inputs, layers,
+linear, convert, checkpoint, distillation, train, evaluate) needs torch and the standard library alone; a checkpoint
+wants safetensors, a progress bar tqdm. With numpy, rounding is faster.
 """
 
 import importlib.util

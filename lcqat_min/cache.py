@@ -24,7 +24,7 @@ FORMAT = 1  # part of the key: raise it when reading or splitting changes
 def cached(
     source: str, tokenizer, build: Callable[[], dict[str, LongTensor]], folder: Path | None = None
 ) -> dict[str, LongTensor]:
-    """What `build` returns, by name of the split, from `folder` (None: default_cache()) if it is there; else kept there.
+    """What `build` returns, by name of the split: read from `folder` (None: default_cache()), else kept there.
 
     Only `build` raises: what is wrong with the cache is a note.
     """

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluate import keep_modes
+from .inputs import run
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Factor:
 def second_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
 ) -> dict[str, Moments]:
-    """Run token batches [B, T] through the model; return the second moments of each named layer's inputs.
+    """Run token batches [B, T] without padding through the model; return the second moments of each layer's inputs.
 
     Layers that are fed the same tensor (query, key and value, say) share the product; a layer that no input reaches,
     such as an expert that is never chosen, is left out. Raises ValueError where there are no batches, and with the
@@ -74,12 +75,11 @@ def second_moments(
         return count
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    device = next(model.parameters()).device
     try:
         with keep_modes(model), torch.no_grad():
             model.eval()
             for batch in batches:
-                model(input_ids=batch.to(device), use_cache=False)
+                run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

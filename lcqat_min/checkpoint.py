@@ -32,6 +32,15 @@ GROUPS = ("latents", "scales", "codebooks", "rest")
 ALIKE = 0.99  # of the numbers of a tensor agree to a thousandth: another seed changes nearly all
 
 
+def check_writable() -> None:
+    """ImportError, before the first step rather than after many, where checkpoints cannot be written."""
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError("a checkpoint needs safetensors, which this Python lacks: `pip install safetensors`, or "
+                          "train without a checkpoint") from error
+
+
 class Run:
     """What is needed to describe, save and resume a run."""
 
@@ -44,7 +53,6 @@ class Run:
                       for key, tensor in (*layer.named_buffers(), *layer.named_parameters())
                       if not tensor.requires_grad}  # signs, frozen codebooks
         self.start_codes = self._codes()
-        self.device = next(model.parameters()).device
 
     def _codes(self) -> dict[str, Tensor]:
         return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}

@@ -114,7 +114,7 @@ class TableCodebook:
     @property
     def bits(self) -> int:
         """m, bits of an index."""
-        return self.table.shape[0].bit_length() - 1
+        return int(self.table.shape[0]).bit_length() - 1  # no int in torch.jit.trace
 
     def numbers(self) -> int:
         """How many learned numbers the codebook stores."""

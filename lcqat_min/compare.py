@@ -4,8 +4,8 @@ An *arm* is a way to quantize and, for most, to train after. All arms see the sa
 steps and teacher. Learning rates come from one search of equal size for each trained arm (scripts/search_rates.py,
 on validation text); the table is measured on test text that neither training nor the search has seen.
 
-    perplexity   exp of the mean loss a token                          evaluate.perplexity
-    KL           distance to the unquantized model, nats a token       evaluate.kl_to: tells arms apart that
+    perplexity   exp of the mean loss per token                        evaluate.perplexity
+    KL           distance to the unquantized model, nats per token     evaluate.kl_to: tells arms apart that
                                                                        perplexity on a small text cannot
 
 Each (arm, seed) gives one row, written to <run>/compare.json as soon as it is known (a temporary file, renamed). A run
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from .bits import bits_per_weight
 from .convert import quantize
 from .evaluate import perplexity_and_kl
+from .inputs import longest_window
 from .ptq import QuantConfig
+from .sample import continue_prompt
 from .text import Splits, batches, sample_windows
 from .train import TrainConfig, train
 
@@ -93,7 +95,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm gets. Tokens; `window` tokens a sequence, `batch` sequences a step."""
+    """What every arm gets. Tokens; `window` tokens per sequence, `batch` sequences per step."""
 
     train_tokens: int = 61_440
     calibration_tokens: int = 32_768
@@ -178,31 +180,39 @@ def run_arm(
 
 def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> str:
     """Greedy continuation of a prompt."""
-    ids = lab.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(lab.device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=lab.tokenizer.eos_token_id,
-        )
-    return lab.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    _, new = continue_prompt(model, lab.tokenizer, prompt, tokens)
+    return lab.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str) -> dict:
-    """All that decides a result, as plain JSON values."""
-    return json.loads(
-        json.dumps(
-            {
-                "model": model,
-                "text": text,
-                "budget": asdict(budget),
-                "prompt": prompt,
-                "arms": {arm.name: asdict(arm) for arm in arms},
-            }
-        )
-    )
+def fitting(budget: Budget, model: nn.Module, text: Splits) -> Budget:
+    """The budget as far as model and text go: windows that the model reads, no more text than there is.
+
+    ValueError for a text without one training batch.
+    """
+    window = min(budget.window, longest_window(model) or budget.window)
+    if len(text.train) < window * budget.batch:
+        raise ValueError(f"the text {text.source!r} has {len(text.train)} training tokens, and one step takes "
+                         f"{window * budget.batch}: give a longer text")
+    calibration, judged = min(budget.calibration_tokens, len(text.train)), min(budget.eval_tokens, len(text.test))
+    return replace(budget, window=window, calibration_tokens=calibration, eval_tokens=judged)
+
+
+def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str, digest: str | None = None) -> dict:
+    """All that decides a result, as plain JSON values. digest: of the text's token ids, Splits.digest."""
+    found = {
+        "model": model,
+        "text": text,
+        "text_digest": digest,
+        "budget": asdict(budget),
+        "prompt": prompt,
+        "arms": {arm.name: asdict(arm) for arm in arms},
+    }
+    return json.loads(json.dumps(found))
+
+
+def made_with(lab: Lab) -> dict:
+    """What the files of results beside compare.json (rates, ablations) were made with: budget and text."""
+    return {"budget": asdict(lab.budget), "text": lab.text.source, "text_digest": lab.text.digest}
 
 
 def peak_mb(device: torch.device) -> float | None:

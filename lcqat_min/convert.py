@@ -7,8 +7,9 @@
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the
 output head (it shares its weight with the embeddings in most small models), experts that are fused into one
-3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too). A
-layer that no calibration token reaches, such as an expert that is never chosen, is rounded plainly, with a warning.
+3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too);
+with a warning, what layers.py lists. A layer that no calibration token reaches, such as an expert that is never
+chosen, is rounded plainly, with a warning.
 
 Steps: second moments of the inputs of each layer, from the unquantized model; each weight rounded as ptq.py says;
 then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
@@ -20,17 +21,21 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .calibrate import Moments, second_moments
 from .feedback import Rounded
+from .inputs import Batch, check_model, longest_window, read_batch, vocabulary, without_padding
+from .layers import left_alone, linear_layers, read_or_written
 from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .lloyd import fit
-from .ptq import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
+from .ptq import FIT_VECTORS, QuantConfig, in_units, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
 from .rotate import random_signs
+
+__all__ = ["linear_layers", "longest_window", "quant_layers", "quantize", "vocabulary"]
 
 METHOD = "lcqat_min.hf"  # `quant_method` in config.json: also the module that teaches transformers to read it
 IN_TRAINING = {"quant_method": METHOD, "version": "in training"}
@@ -51,27 +56,28 @@ class LayerReport:
 
 
 @torch.inference_mode(False)  # else the new layers could not be trained
-def quantize(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig,
+def quantize(model: nn.Module, batches: Iterable[Batch], config: QuantConfig,
              progress: Callable[[Iterable], Iterable] = iter) -> list[LayerReport]:
     """Quantize `model` in place from calibration batches of token ids [B, T]; one report a layer.
 
     Nothing is swapped before all layers are rounded, so an error leaves the model as it was. Afterwards save it
     with pack.save_packed or a checkpoint of `train`: save_pretrained knows nothing of these layers, and the model's
-    config is marked, so that what it writes is refused rather than loaded half. Batches hold no padding. `progress`
-    may wrap the loop over layers (tqdm.tqdm). Raises ValueError for weights or inputs that are not finite, for a
-    model without linear layers and for one that is quantized already, naming the layer.
+    config is marked, so that what it writes is refused rather than loaded half. Batches with padding are given as
+    the tokenizer makes them (inputs.py). `progress` may wrap the loop over layers (tqdm.tqdm). Raises ValueError for
+    weights or inputs that are not finite, naming the layer, for a model without linear layers, for one that is
+    quantized already and for one that is no causal language model.
     """
-    layers = dict(linear_layers(model, config.skip))
+    layers, left = dict(linear_layers(model, config.skip)), left_alone(model, config.skip)
+    if layers:
+        texts = _checked(batches, model, layers)
+        left |= read_or_written(model, layers, texts[0][:1])
+        layers = {name: layer for name, layer in layers.items() if name not in left}
+    _say_what_is_left(left)
     if not layers:
         raise ValueError(f"no linear layer to quantize: found none outside skip = {config.skip}"
                          + ("; this model is quantized already" if _is_quantized(model) else ""))
-    for name, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ValueError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
-        return _quantize(model, layers, _checked(batches, model), config, progress)
+        return _quantize(model, layers, texts, config, progress)
 
 
 def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor], config: QuantConfig,
@@ -86,9 +92,13 @@ def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tens
     steps = (item for group in _groups(layers) for item in _moments(model, group, batches))
     for name, moments in progress(_sized(steps, len(layers))):
         layer = layers[name]
-        W, factor = prepare(weight_of(layer), moments.H, plan[name], config)
+        W, unit = in_units(weight_of(layer))
+        W, factor = prepare(W, in_units(moments.H)[0], plan[name], config)
         rounded = round_layer(W, factor, table, config)
-        made[name] = _layer(layer, rounded, plan[name], table, config)
+        made[name] = _layer(layer, replace(rounded, scale=rounded.scale * unit), plan[name], table, config)
+        if not torch.isfinite(made[name].weight).all():
+            raise ValueError(f"the weight of {name!r} reaches {layer.weight.abs().max():.3g}: once rounded, it is more "
+                             "than fp32 holds. Load or train the model again, or name the layer in QuantConfig.skip")
         total = ((W @ factor.H) * W).sum().item()
         share = rounded.loss.sum().item() / total if total > 0 else 0.0
         dead = int((moments.H.diagonal() == 0).sum())  # factor.dead is of rotated, padded inputs
@@ -114,20 +124,6 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def linear_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that `quantize` would replace: a weight that is used in two places stays as it is."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
-        is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        # Subclasses that compute something else (routers, adapters) stay; Falcon's is a linear map, written out.
-        is_linear = isinstance(module, nn.Linear) and (
-            type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
-        skipped = module is head or any(part in name for part in skip)
-        if (is_linear or is_conv1d) and not skipped and uses[id(module.weight)] == 1:
-            yield name, module
-
-
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
     """Names and modules of the quantized layers."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
@@ -149,25 +145,26 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantLinear) or type(module).__name__ == "PackedLinear" for module in model.modules())
 
 
-def check_batch(batch: Tensor, model: nn.Module, what: str) -> None:
-    """ValueError for a batch that is no integers [B, T], or holds tokens that the model does not have."""
-    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int64, torch.int32):
-        got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for "
-                         "one tensor of windows [n, T] that is windows.split(8)")
-    words = getattr(getattr(model, "config", None), "vocab_size", None)
-    if words and batch.numel() and not 0 <= batch.min() <= batch.max() < words:
-        raise ValueError(f"a {what} batch holds tokens from {batch.min()} to {batch.max()}, the model knows 0 to "
-                         f"{words - 1}: encode the text with this model's own tokenizer")
+def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Module]) -> list[Tensor]:
+    """The text of the batches, if it and the layers are what `quantize` can use."""
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
+    check_model(model)
+    texts = [text for batch in batches for text in without_padding(*read_batch(batch, model, "calibration"))]
+    if not (texts := [text for text in texts if text.numel()]):
+        raise ValueError("there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
+                         "gives its batches only once)")
+    return texts
 
 
-def _checked(batches: Iterable[Tensor], model: nn.Module) -> list[Tensor]:
-    batches = list(batches)
-    for batch in batches:
-        check_batch(batch, model, "calibration")
-    if not sum(batch.numel() for batch in batches):
-        raise ValueError("there are no calibration tokens: give at least one batch of token ids [B, T]")
-    return batches
+def _say_what_is_left(left: dict[str, str]) -> None:
+    for why, count in Counter(left.values()).items():
+        named = [name for name, reason in left.items() if reason == why]
+        some = ", ".join(named[:4]) + (f" and {count - 4} more" if count > 4 else "")
+        warnings.warn(f"not quantized: {some}; {why}", RuntimeWarning, stacklevel=4)
 
 
 def _signs(layer: nn.Module, where: str, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
@@ -181,7 +178,7 @@ def _signs(layer: nn.Module, where: str, generator: torch.Generator) -> tuple[Te
 def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
     """One k-means table for the model: a table a layer would cost 0.1 to 0.3 bits a weight on a small one."""
     share = max(1, 4 * FIT_VECTORS // len(layers))
-    matrices = (pad(rotated(weight_of(layer), plan[name]), config.dim) for name, layer in layers.items())
+    matrices = (pad(rotated(in_units(weight_of(layer))[0], plan[name]), config.dim) for name, layer in layers.items())
     x = torch.cat([sample_vectors(W, config.dim, share).cpu() for W in matrices])
     start = normal_codebook("table", config.dim, config.seed)
     return fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)

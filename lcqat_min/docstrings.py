@@ -5,7 +5,7 @@
 
 Source is parsed, never imported: reading somebody's documentation must not run their code.
 
-What it gives up: docstrings of one package resemble each other (near-duplicates are not removed), so a model finds
+Limits: docstrings of one package resemble each other (near-duplicates are not removed), so a model finds
 unseen ones easier than text of another field; and readers with other package versions have other texts.
 """
 

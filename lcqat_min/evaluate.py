@@ -36,13 +36,14 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # label of a position that is not scored; never a token id
+from .inputs import check_model, check_tokens, logits_of
+
+IGNORED = -100  # label of a position that is not scored; never a token id, and what cross_entropy passes over
 SLICE_ELEMENTS = 2**24  # logits upcast at a time: 64 MiB in float32
 
 
@@ -79,15 +80,18 @@ def perplexity(
         bos: token id put before every window, or None.
         batch_size: windows in one forward pass.
     Returns: the result with its parameters; log-softmax in float32, sums in float64.
-    Raises: ValueError if an argument is out of range or the text is shorter than one window.
+    Raises: ValueError if an argument is out of range, the text is shorter than one window or of another vocabulary, or
+        the model is no causal language model.
     """
     stride = window if stride is None else stride
-    _check(ids, window, stride, batch_size, shortest_window=2 if bos is None else 1)
+    _check(ids, window, stride, batch_size, 2 if bos is None else 1, model)
+    if bos is not None:
+        check_tokens(torch.tensor([bos]), model, "bos")
     total, tokens = 0.0, 0
     with _evaluating(model):
         for x, new in _window_batches(ids, window, stride, batch_size):
             x, labels = _with_labels(x, new, bos)
-            total += _sum_nll(_logits(model, x), labels)
+            total += _sum_nll(logits_of(model, x), labels)
             tokens += int((labels != IGNORED).sum())
     nll = total / tokens
     value = torch.tensor(nll, dtype=torch.float64).exp().item()  # math.exp would raise where this gives inf
@@ -103,7 +107,7 @@ def kl_to(teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, 
     Returns: 0 for equal models; rounding in float32 can leave a tiny negative number for nearly equal ones.
     Raises: ValueError if an argument is out of range or the vocabularies differ in size.
     """
-    _check(ids, window, window, batch_size, shortest_window=1)
+    _check(ids, window, window, batch_size, 1, teacher, model)
     total, positions = 0.0, 0
     with _evaluating(teacher, model):
         for x, _ in _window_batches(ids, window, window, batch_size):
@@ -116,7 +120,7 @@ def perplexity_and_kl(
     teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, batch_size: int = 8
 ) -> tuple[Perplexity, float]:
     """`perplexity(model, ids, window)` and `kl_to(teacher, model, ids, window)` from one forward pass of each."""
-    _check(ids, window, window, batch_size, shortest_window=2)
+    _check(ids, window, window, batch_size, 2, teacher, model)
     nll, kl, tokens, positions = 0.0, 0.0, 0, 0
     with _evaluating(teacher, model):
         for x, new in _window_batches(ids, window, window, batch_size):
@@ -129,7 +133,8 @@ def perplexity_and_kl(
     return Perplexity(value, nll, tokens, window, window, None), kl / positions
 
 
-def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int) -> None:
+def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int,
+           *models: nn.Module) -> None:
     if ids.dim() != 1 or ids.is_floating_point():
         raise ValueError(f"ids must be integers of shape [T], got {ids.dtype} of shape {list(ids.shape)}")
     if window < shortest_window:
@@ -143,6 +148,9 @@ def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_wind
             f"the text has {len(ids)} tokens, less than one window of {window}: "
             f"pass a longer text, or a window of at most {len(ids)}"
         )
+    for model in models:
+        check_model(model)
+        check_tokens(ids, model, "the text")
 
 
 def _window_batches(
@@ -195,12 +203,8 @@ def _rows_a_slice(logits: Tensor) -> int:
     return max(1, SLICE_ELEMENTS // logits.shape[-1])
 
 
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    return model(input_ids=x.to(_device(model)), use_cache=False).logits
-
-
 def _both_logits(teacher: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    teacher_logits, logits = _logits(teacher, x), _logits(model, x)
+    teacher_logits, logits = logits_of(teacher, x), logits_of(model, x)
     if (theirs := teacher_logits.shape[-1]) != (ours := logits.shape[-1]):
         raise ValueError(
             f"the teacher has a vocabulary of {theirs} tokens, the model of {ours}: "
@@ -209,18 +213,16 @@ def _both_logits(teacher: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tenso
     return teacher_logits, logits
 
 
-def _device(model: nn.Module) -> torch.device:
-    """Where the model's first tensor, its embedding, lives."""
-    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-
-
 @contextmanager
 def keep_modes(*models: nn.Module) -> Iterator[None]:
     """Afterwards every module is in training or evaluation mode as it was before, whatever its parent is in."""
     modes = [(module, module.training) for model in models for module in model.modules()]
+    whole = [(model, model.training) for model in models]
     try:
         yield
     finally:
+        for model, training in whole:
+            model.train(training)  # some modules do more there than to note the mode
         for module, training in modes:
             module.training = training
 
@@ -236,6 +238,8 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 def _progress(batches: list) -> Iterable:
     if os.environ.get("LCQAT_QUIET") == "1":
         return batches
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:  # no bar, then
+        return batches
     return tqdm(batches, desc="evaluate", unit="batch", leave=False)

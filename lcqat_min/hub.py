@@ -1,8 +1,8 @@
 """Load a language model and its tokenizer by name or folder, with errors that say what to do.
 
-The bundled model lies beside the package, so a clone needs no network. Any other name goes to the Hugging Face hub (or
-its cache) through `from_pretrained`. Code that comes with a checkpoint is never run: `trust_remote_code` is off (left
-out, transformers would ask).
+The bundled model lies beside the package in a clone and inside of it where pip installed it, so neither needs a
+network. Any other name goes to the Hugging Face hub (or its cache) through `from_pretrained`. Code that comes with a
+checkpoint is never run: `trust_remote_code` is off (left out, transformers would ask).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-BUNDLED = Path(__file__).resolve().parents[1] / "models" / "doc-llama"
+PACKAGE = Path(__file__).resolve().parent
+DATA = PACKAGE / "bundled" if (PACKAGE / "bundled").is_dir() else PACKAGE.parent  # see pyproject.toml
+BUNDLED = DATA / "models" / "doc-llama"
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,6 +48,7 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    name = os.path.expanduser(name)
     if os.environ.get("LCQAT_QUIET") == "1":
         disable_progress_bar()
     if _is_quantized(name):
@@ -62,6 +65,14 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     return model.to(device).eval(), tokenizer
 
 
+def label(name: str | Path | None) -> str:
+    """What results call a model: the bundled one (also None) by one name, wherever it lies, and no other by that."""
+    bundled = f"models/{BUNDLED.name}"
+    if name is None or Path(name).resolve() == BUNDLED:
+        return bundled
+    return str(Path(name).resolve()) if Path(name) == Path(bundled) else str(name)
+
+
 def _is_quantized(name: str | Path) -> bool:
     file = Path(name) / "config.json"
     try:
@@ -72,13 +83,15 @@ def _is_quantized(name: str | Path) -> bool:
 
 def _why(name: str | Path, error: Exception) -> str:
     path = Path(name)
+    if path.is_file():
+        return f"cannot load a model from the file {path}: give the folder that save_pretrained wrote."
     if path.is_dir():
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (path / file).is_file()]
         reason = f"it lacks {' and '.join(missing)}" if missing else f"transformers says: {_first_line(error)}"
         return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
     return (
         f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
-        f"cache ({_first_line(error)}). Check the name; the bundled model is models/{BUNDLED.name} of a clone."
+        f"cache ({_first_line(error)}). Check the name; the bundled model is lcqat_min.hub.BUNDLED, here {BUNDLED}."
     )
 
 

@@ -89,6 +89,8 @@ def on_gpu(x: Tensor) -> bool:
 
 def _product(h: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
     """r * D h: h fp32 [M, in] -> fp32 [M, out]. dtype: of the activations, which says how exact is exact enough."""
+    if torch.jit.is_tracing():  # it sees operations of torch alone, and keeps what is chosen by the number of rows
+        return (h @ cpu.decode(codes, book, h.shape[1]).T) * row_scale
     if torch.is_grad_enabled() and h.requires_grad:
         weight = dequantize(codes, book, row_scale, h.shape[1], dtype if on_gpu(h) else torch.float32)
         return (h.to(weight.dtype) @ weight.T).float()

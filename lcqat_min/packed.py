@@ -66,7 +66,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 @made_once
 def _byte_signs(device: torch.device) -> Tensor:
     """The eight signs in every byte, fp32 [256, 8]: -1 for 0, +1 for 1."""
-    return 2.0 * unpack_bits(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 1, 8) - 1
+    return (2 * unpack_bits(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 1, 8) - 1).float()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy a line.
+"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy in each line.
 
-Seconds, but for the first time: then it builds the text, which takes a minute or two and spares notebooks the wait.
+It takes seconds, except the first time: then it builds the text, which takes a minute or two and spares notebooks the
+wait.
 
 Each check is a function that returns what it found or raises `Problem` with the remedy. A problem does not stop the
 checks after it, so one run shows all there is to mend. Needed checks decide the exit code (0: all well, 1: not);
@@ -10,12 +11,16 @@ optional ones only say what will be missing.
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+from .machine import cores, free_memory, others
+
+RESTORE = "git checkout -- models in a clone, else pip install --force-reinstall --no-deps lcqat-min"
 NEEDED_MEMORY, NEEDED_DISK = 3e9, 1e9  # bytes: `compare` peaks at half of this; caches and runs
 
 
@@ -68,12 +73,12 @@ def model() -> str:
     try:
         net, tokenizer = load(BUNDLED)
     except ValueError as error:
-        raise Problem(f"{error} Restore it: git checkout -- models") from error
+        raise Problem(f"{error} Restore it: {RESTORE}") from error
     ids = tokenizer("Return the", return_tensors="pt", add_special_tokens=False).input_ids
     with torch.no_grad():
         logits = net(input_ids=ids).logits
     if not torch.isfinite(logits).all():
-        raise Problem("the bundled model predicts NaN: its file is damaged. Restore it: git checkout -- models")
+        raise Problem(f"the bundled model predicts NaN: its file is damaged. Restore it: {RESTORE}")
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} million parameters"
 
 
@@ -93,15 +98,31 @@ def text() -> str:
 
 
 def memory() -> str:
-    """Enough memory is free."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])  # with what caches would give back
-    except (OSError, ValueError, KeyError):  # macOS and Windows do not say
+    """Enough memory is free, and not only for others."""
+    if (found := free_memory()) is None:  # macOS and Windows
         return "this system does not say"
+    free, limited = found
     if free < NEEDED_MEMORY / 2:
-        raise Problem(f"{free / 1e9:.1f} GB are free. Close other programs: the comparison needs about 1.5 GB.")
-    return f"{free / 1e9:.0f} GB free"
+        remedy = ("a control group (container, batch job) allows no more. Give it a higher limit, for example "
+                  "docker run --memory 4g") if limited else "close other programs"
+        raise Problem(f"{free / 1e9:.1f} GB are free, and the comparison needs about 1.5 GB: {remedy}.")
+    return f"{free / 1e9:.0f} GB free" + (", as a control group allows" if limited else "")
+
+
+def processors() -> str:
+    """The cores are ours, and torch uses as many threads."""
+    import torch
+
+    allowed, threads, busy = cores(), torch.get_num_threads(), others()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+    if sum(share for _, share in busy) > allowed / 4 or load > allowed + 1:  # this process is part of the load
+        most = "".join(f", {share:.1f} by {name}" for name, share in busy[:3])
+        raise Problem(f"the machine is busy: cores {allowed:g}, load {load:.1f}{most}. All will take longer, and times "
+                      "mean little. Close other programs, or wait.")
+    if threads > math.ceil(allowed):
+        raise Problem(f"{allowed:g} of {os.cpu_count()} cores may be used (control group or taskset), and torch has "
+                      f"{threads} threads, which slow each other down. Set OMP_NUM_THREADS={math.ceil(allowed)}.")
+    return f"{allowed:g} of {os.cpu_count()} cores, load {load:.1f}"
 
 
 def disk() -> str:
@@ -143,15 +164,15 @@ def gpu() -> str:
 
 
 NEEDED = (python, packages, arithmetic, model, text, memory, disk, notebooks)
-OPTIONAL = (triton, gpu)
+OPTIONAL = (processors, triton, gpu)
 
 
 def check() -> bool:
-    """Run all checks, print a line each; whether all that is needed is well."""
+    """Run all checks, print one line for each; whether all that is needed is well."""
     well = True
     for examine in (*NEEDED, *OPTIONAL):
         ok, found = _verdict(examine)
-        mark = "ok" if ok else "PROBLEM" if examine in NEEDED else "without"
+        mark = "ok" if ok else "PROBLEM" if examine in NEEDED else "note"
         print(f"{mark:<9}{examine.__name__:<12}{found}", flush=True)
         well &= ok or examine in OPTIONAL
     print("All that is needed is here." if well else "Mend the lines marked PROBLEM, then run this again.")

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from .results import difference
+
 START, END = "<!-- compare: table -->", "<!-- compare: end -->"
 COLOURS = {"ptq": "#9aa5b1", "qat": "#1b6ca8"}  # told apart in grey as well
 YTICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -38,7 +40,7 @@ def cell(rows: list[dict], key: str, form: str) -> str:
 
 
 def table(data: dict) -> str:
-    """Markdown table of a results file, a line an arm."""
+    """Markdown table of a results file, one line per arm."""
     head = ["arm", "what", "bits a weight", "perplexity, PTQ", "perplexity, QAT", "KL, PTQ", "KL, QAT", "codes flipped"]
     what = {name: arm["what"] for name, arm in data["meta"]["config"]["arms"].items()}
     lines = [head, ["---"] * len(head)]
@@ -63,8 +65,9 @@ def caption(data: dict) -> str:
     config, meta = data["meta"]["config"], data["meta"]
     seeds, budget = sorted({row["seed"] for row in data["rows"]}), config["budget"]
     tokens = max(row["tokens"] for row in data["rows"])
+    digest = f" ({config['text_digest']})" if config.get("text_digest") else ""
     return (
-        f"Model `{config['model']}`, text `{config['text']}`, {tokens:,} training tokens an arm, "
+        f"Model `{config['model']}`, text `{config['text']}`{digest}, {tokens:,} training tokens an arm, "
         f"{budget['calibration_tokens']:,} for calibration, {budget['eval_tokens']:,} of test text, windows of "
         f"{budget['window']}; seeds {', '.join(map(str, seeds))}: mean (least to most); KL in nats a token to the "
         f"unquantized model. Made on {meta['date']} with torch {meta['versions']['torch']} on "
@@ -72,26 +75,53 @@ def caption(data: dict) -> str:
     )
 
 
-def beside(new: dict, committed: dict) -> str:
-    """The figures of a run next to the committed ones, for the terminal."""
-    old = by_arm(committed["rows"])
+def beside(new: dict, committed: dict | None) -> str:
+    """The figures of a run for the terminal, next to the committed ones if those are of the same model and budget."""
+    why = "there are none here" if committed is None else _unlike(new, committed)
+    old = {} if why else by_arm(row for row in committed["rows"] if _same_arm(row["arm"], new, committed))
     names = ("arm", "bits", "now", "committed", "now", "committed", "perplexity", "seconds")
     widths = "{:<15}{:>6}{:>9} {:<27}{:>9} {:<27}{:>11}{:>9}"
-    lines = [f"{'':<21}{'KL after PTQ':^37}{'KL after QAT':^37}".rstrip(), widths.format(*names)]
+    if why:
+        names, widths = (*names[:3], *names[4:5], *names[6:]), "{:<15}{:>6}{:>16}{:>16}{:>11}{:>9}"
+    wide = 16 if why else 37
+    lines = [f"{'':<21}{'KL after PTQ':^{wide}}{'KL after QAT':^{wide}}".rstrip(), widths.format(*names)]
     for arm, rows in by_arm(new["rows"]).items():
-        pairs = []
+        cells = [arm, f"{rows[0]['bits_per_weight']:.3f}"]
         for key in ("kl_ptq", "kl_qat"):
             now = spread(rows, key)
-            pairs += ["-" if now is None else f"{now[0]:.4f}", cell(old[arm], key, ".4f") if arm in old else "-"]
+            cells.append("-" if now is None else f"{now[0]:.4f}")
+            cells += [] if why else [cell(old[arm], key, ".4f") if arm in old else "-"]
         last = spread(rows, "ppl_qat") or spread(rows, "ppl_ptq")
         seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for row in rows) / len(rows)
-        bits = f"{rows[0]['bits_per_weight']:.3f}"
-        lines.append(widths.format(arm, bits, *pairs, f"{last[0]:.2f}", f"{seconds:.0f}"))
-    return "\n".join(lines)
+        lines.append(widths.format(*cells, f"{last[0]:.2f}", f"{seconds:.0f}"))
+    lines.append(f"No committed figures beside these: {why}." if why else _which_text(new, committed))
+    return "\n".join(lines).rstrip()
+
+
+def _unlike(new: dict, committed: dict) -> str:
+    """Why the committed figures are no match for those of a run, in words; "" if they are."""
+    now, then = ({"model": c["model"], "text": c["text"], **c["budget"]}
+                 for c in (data["meta"]["config"] for data in (new, committed)))
+    return difference(then, now)
+
+
+def _same_arm(name: str, new: dict, committed: dict) -> bool:
+    now, then = (data["meta"]["config"]["arms"] for data in (new, committed))
+    return now.get(name) == then.get(name)
+
+
+def _which_text(new: dict, committed: dict) -> str:
+    """Whether the committed figures were made with the very same text; "" if they were."""
+    now, then = (data["meta"]["config"].get("text_digest") for data in (new, committed))
+    if then is None:
+        return "The committed results do not say which text they were made with; figures may differ for that reason."
+    if now != then:
+        return f"This is another text than the committed one ({now}, not {then}): figures differ for that reason."
+    return ""
 
 
 def picture(data: dict, path: Path) -> None:
-    """Dot plot: an arm a line; from the open dot (after PTQ) to the full dot (after QAT); bars span the seeds."""
+    """Dot plot, one line per arm; from the open dot (after PTQ) to the full dot (after QAT); bars span the seeds."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the caller
 
     groups = {arm: rows for arm, rows in by_arm(data["rows"]).items() if arm != "fp"}

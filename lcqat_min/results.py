@@ -125,8 +125,11 @@ def write_json(path: Path, data: dict) -> None:
     """Write JSON through a temporary file, so that the old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there if the disk was full
 
 
 def describe(config: dict) -> dict:

@@ -75,6 +75,7 @@ def sign_of(v: Tensor, estimator: str = "ste") -> Tensor:
     1/2 and 2 cancel in the slope. Raises ValueError for an unknown estimator.
     """
     with torch.no_grad():
-        value = torch.where(v >= 0, 1.0, -1.0)
+        one = v.new_ones(())
+        value = torch.where(v >= 0, one, -one)
         gain = None if estimator == "ste" else slope((v + 1) / 2, 1, estimator)
     return _Surrogate.apply(v, value, gain)

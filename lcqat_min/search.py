@@ -21,7 +21,6 @@ Gives up: above 8 bits the result is near the best, not always the best.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -32,8 +31,11 @@ from .digits import digits_of
 
 Search = Callable[[Tensor, int], Tensor]
 SCORES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # fp32 held at a time: what a core caches; 256 MiB
-NUMPY = importlib.util.find_spec("numpy") is not None  # its argmax is vectorised; torch's on CPUs is not
 SHORTLIST = 16  # first halves kept in a search by halves
+try:  # its argmax is vectorised; torch's on CPUs is not
+    NUMPY = torch.empty(0, dtype=torch.float32, device="cpu").numpy() is not None
+except RuntimeError:  # not installed, or not the version that this torch was built for
+    NUMPY = False
 
 
 def nearest_level(step: float, offset: float, levels: int) -> Search:
@@ -83,7 +85,7 @@ def nearest_by_halves(A: Tensor, levels: int, metrics: Tensor | None) -> Search:
     digits2 = digits_of(torch.arange(1 << bits2, device=A.device), A.shape[1] - half, levels)
 
     def search(x: Tensor, g: int) -> Tensor:
-        M = torch.eye(len(A), device=A.device) if metrics is None else metrics[g]
+        M = torch.eye(len(A), dtype=A.dtype, device=A.device) if metrics is None else metrics[g]
         A1, A2 = (M.T @ A).split([half, A.shape[1] - half], dim=1)  # measure in the metric: move vectors and
         words1, likely, likely_norm, whiten = _shortlist(A1, A2, digits1)  # codebook alike
         second_half = nearest(digits2 @ A2.T, None)
@@ -107,7 +109,7 @@ def _shortlist(A1: Tensor, A2: Tensor, digits1: Tensor) -> tuple[Tensor, Tensor,
     """Codewords of the first half, plain and whitened by the noise of the second; half norms; the whitening."""
     noise = A2 @ A2.T
     floor = (0.03 * noise.diagonal().mean()).clamp(min=1e-12)  # A2 need not have full rank, and may be zero
-    noise = noise + floor * torch.eye(len(A1), device=A1.device)
+    noise = noise + floor * torch.eye(len(A1), dtype=A1.dtype, device=A1.device)
     whiten = torch.linalg.cholesky(torch.linalg.inv(noise))
     words1 = digits1 @ A1.T
     likely = words1 @ whiten

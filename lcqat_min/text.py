@@ -35,6 +35,7 @@ from torch import LongTensor
 
 from .cache import cached
 from .docstrings import docstrings
+from .inputs import check_tokens
 
 SPLITS = ("train", "validation", "test")
 PIECE_CHARS = 1000  # a local file is cut at blank lines into pieces of at least this length
@@ -61,7 +62,7 @@ class Splits:
         return found.hexdigest()[:16]
 
 
-def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Splits:
+def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = None) -> Splits:
     """Token ids of a corpus, split into train, validation and test.
 
     Args:
@@ -70,19 +71,31 @@ def load_text(source: str, tokenizer, *, cache_dir: Path | None = None) -> Split
             are dealt out by hash like documents: a window holds several pieces, and test pieces have neighbours
             in train, so such perplexities compare models and are not those of the text read in order.
         tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
+        model: the language model to be fed with it, if its vocabulary is to be compared with the ids.
         cache_dir: where ids of the named sources are kept (cache.py). Local files are read anew each time.
 
     Raises:
-        ValueError: unknown source, too little text, or a tokenizer without end-of-text token.
+        ValueError: unknown source, too little text, a tokenizer without end-of-text token, or one that gives ids
+            that the model does not have.
         FileNotFoundError: "wikitext2" can be neither found nor fetched.
     """
     source = str(source)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
-    if source not in ("docstrings", "wikitext2"):
-        return Splits(**_tokenize(source, tokenizer), source=source)
-    ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
+    if source in ("docstrings", "wikitext2"):
+        ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
+    else:
+        ids = _tokenize(source, tokenizer)
+    if model is not None:
+        for name in SPLITS:
+            check_tokens(ids[name], model, f"the {name} text")
     return Splits(**ids, source=source)
+
+
+def say_if_repeated(splits: Splits, tokens: int) -> None:
+    """Print a note where training on so many tokens shows some of the text more than once."""
+    if tokens > len(splits.train):
+        print(f"note: the text has {len(splits.train)} tokens to train on, so {tokens} show it more than once")
 
 
 def documents(source: str) -> dict[str, list[str]]:
@@ -115,7 +128,7 @@ def split_by_hash(texts: list[str]) -> dict[str, list[str]]:
 
 
 def _local_pieces(path: Path) -> list[str]:
-    """A file or folder, cut at blank lines into pieces of PIECE_CHARS or more but for the last of a file."""
+    """A file or folder, cut at blank lines into pieces of PIECE_CHARS or more, except the last of a file."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())

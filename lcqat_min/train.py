@@ -40,11 +40,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Run, agree
-from .convert import check_batch, quant_layers
+from .checkpoint import Run, agree, check_writable
+from .convert import quant_layers
 from .distillation import distillation_loss
-from .evaluate import keep_modes
+from .evaluate import IGNORED, keep_modes
+from .inputs import Batch, check_model, logits_of, read_batch
 from .linear import AffineLinear, StepLinear
+from .ptq import in_units
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class TrainConfig:
         return 1.0 if step < warmup + stable else (self.steps - step) / (decay + 1)
 
 
-def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teacher: nn.Module | None = None,
+def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teacher: nn.Module | None = None,
           *, checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
           accelerator=None) -> list[dict]:
-    """Train `model` in place for config.steps batches of token ids [B, T]; returns the history.
+    """Train `model` in place for config.steps batches of token ids [B, T] (inputs.py); returns the history.
 
     teacher: the unquantized model, distilled from and set to evaluation mode; None trains on next tokens.
     checkpoint: a file to save to and, if it is there, to resume from. on_step(step, loss) is called after
@@ -104,12 +106,14 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
     and moved_* (root mean square of its movement).
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step and a layer;
-    TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary,
-    for too few batches or bad ones, for a checkpoint that is damaged or of another run, and where there is nothing
-    to distil: a model that is not quantized, a teacher that is.
+    TypeError for parameters that train in less than fp32; ValueError for a teacher with another vocabulary or with
+    parameters of the model, for too few batches or bad ones, for a checkpoint that is damaged or of another run, and
+    where there is nothing to distil: a model that is not quantized, a teacher that is.
     """
     accelerator = _OneProcess() if accelerator is None else accelerator
     _check(model, teacher, accelerator)
+    if checkpoint:
+        check_writable()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
     loop_model, stepper = accelerator.prepare(model, optimizer)
     # After prepare, which may move the parameters to another device.
@@ -123,8 +127,8 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
         for step, batch in zip(range(done, config.steps), islice(batches, done, None), strict=False):
             for group in stepper.param_groups:
                 group["lr"] = group["full_lr"] * config.rate(step)
-            check_batch(batch, model, "training")
-            loss = _loss(loop_model, batch.to(run.device), teacher)
+            ids, mask = read_batch(batch, model, "training")
+            loss = _loss(loop_model, ids, mask, teacher)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {_culprit(model)}")
             accelerator.backward(loss)
@@ -134,7 +138,7 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             stepper.step()
             stepper.zero_grad()
             losses.append(loss.item())
-            tokens += batch.numel() * accelerator.num_processes
+            tokens += (ids.numel() if mask is None else int(mask.sum())) * accelerator.num_processes
             if grads is not None:
                 history.append(run.row(step, tokens, losses, grads))
                 losses = []
@@ -145,16 +149,23 @@ def train(model: nn.Module, batches: Iterable[Tensor], config: TrainConfig, teac
             if checkpoint and due and accelerator.is_main_process:
                 run.save(checkpoint, done, tokens, history, losses)
     if done < config.steps:
-        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more batches")
+        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
     return history
 
 
 def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
+    for asked in (model,) if teacher is None else (model, teacher):
+        check_model(asked)
     if teacher is model or teacher is not None and any(quant_layers(teacher)):
         raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
     if teacher is not None and not any(quant_layers(model)):
         raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
                          "one with load_packed(folder, trainable=True)")
+    theirs = set() if teacher is None else set(map(id, teacher.parameters()))
+    if shared := [name for name, p in model.named_parameters() if p.requires_grad and id(p) in theirs]:
+        raise ValueError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing it")
+    if away := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
                          "takes one: give larger batches, or more processes")
@@ -190,7 +201,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             for name in names:
                 if isinstance(value := getattr(layer, name, None), nn.Parameter):
                     size = layer.A if name == "b" else value  # b starts near zero: measure it by A
-                    kinds[id(value)] = kind, rate * size.detach().square().mean().sqrt().item()
+                    kinds[id(value)] = kind, rate * _root_mean_square(size.detach())
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -205,6 +216,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return groups
 
 
+def _root_mean_square(x: Tensor) -> float:
+    x, unit = in_units(x)  # else squares of very large or small numbers are inf or 0
+    return x.square().mean().sqrt().item() * unit
+
+
 def bin_width(layer: nn.Module) -> float:
     """Width of a rounding bin in units of the layer's latents: 1 on a grid, 2 from -1 to +1, or the step."""
     if isinstance(layer, StepLinear):
@@ -212,14 +228,17 @@ def bin_width(layer: nn.Module) -> float:
     return 2.0 if layer.levels == 2 else 1.0
 
 
-def _loss(model: nn.Module, batch: Tensor, teacher: nn.Module | None) -> Tensor:
-    logits = model(input_ids=batch, use_cache=False).logits
+def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
+    logits = logits_of(model, ids, mask)
+    ids, mask = (None if given is None else given.to(logits.device) for given in (ids, mask))
     if teacher is None:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        following = ids[:, 1:]
+        if mask is not None:
+            following = following.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following.flatten())
     with torch.no_grad():
-        device = next(teacher.parameters()).device
-        target = teacher.eval()(input_ids=batch.to(device), use_cache=False).logits
-    return distillation_loss(logits, target.to(logits.device))
+        target = logits_of(teacher.eval(), ids, mask).to(logits.device)
+    return distillation_loss(logits, target) if mask is None else distillation_loss(logits[mask], target[mask])
 
 
 def _clip(model: nn.Module, limit: float, step: int, skips_overflow: bool) -> None:

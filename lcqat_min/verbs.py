@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -22,91 +24,106 @@ from torch import nn
 from .convert import linear_layers, quant_layers, quantize
 from .evaluate import kl_to
 from .hub import BUNDLED, choose_device, load
+from .inputs import longest_window
+from .locks import alone
 from .ptq import QuantConfig
-from .results import difference, write_json
-from .text import batches, load_text, sample_windows
+from .results import difference, optional, write_json
+from .sample import continue_prompt
+from .text import batches, load_text, sample_windows, say_if_repeated
 from .train import TrainConfig, train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
-FAR = 2.0  # nats a token: more than rounding to 2 bits moves a model
+FAR = 2.0  # nats per token: more than rounding to 2 bits moves a model
 
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Quantize a model and save it packed."""
+    config = QuantConfig(args.codebook, args.dim, args.rotate, skip=("lm_head", *args.skip), seed=args.seed)
+    with _new(args.out):
+        _quantize(args, config)
+
+
+def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
     from tqdm import tqdm
 
     from .pack import save_packed
 
-    config = QuantConfig(args.codebook, args.dim, args.rotate, skip=("lm_head", *args.skip), seed=args.seed)
-    _new(args.out)
-    model, tokenizer = load(args.model or BUNDLED, choose_device(args.device))
-    names = [name for name, _ in linear_layers(model)]
+    name = args.model or BUNDLED
+    model, tokenizer = load(name, choose_device(args.device))
+    names, dtype = [name for name, _ in linear_layers(model)], _dtype_of(name)
     if unknown := [part for part in args.skip if not any(part in name for name in names)]:
         raise ValueError(f"--skip {' '.join(unknown)}: part of no linear layer's name; the first are "
                          f"{', '.join(names[:9])}")
-    text = load_text(args.text, tokenizer)
+    text = load_text(args.text, tokenizer, model=model)
     window, generator = _window(model), torch.Generator().manual_seed(args.seed)
-    windows = sample_windows(text.train, max(1, args.tokens // window), window, generator)
-    print(config)
+    windows = sample_windows(text.train, max(1, min(args.tokens, len(text.train)) // window), window, generator)
+    print(f"{config}, calibrated on {windows.numel()} tokens")
     reports = quantize(
         model, windows.split(8), config, progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer")
     )
+    print(save_packed(model, args.out, dtype))
+    _save_tokenizer(tokenizer, args.out)
     worst = max(reports, key=lambda report: report.loss)
     print(f"{len(reports)} layers; largest share of output lost: {worst.loss:.4f} in {worst.name}")
     _say_what_is_left(model)
-    print(save_packed(model, args.out, _dtype_of(args.model or BUNDLED)))
-    tokenizer.save_pretrained(args.out)
     print(f"packed model: {args.out}")
 
 
 def run_train(args: argparse.Namespace) -> None:
     """Train a packed model against the unquantized one and save it packed again."""
+    with _new(args.out):
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .pack import config_of, save_packed
 
-    _new(args.out)
     config_of(args.folder)  # a wrong name ends here, before the tokenizer is looked for on the hub
-    device = choose_device(args.device)
+    device, dtype = choose_device(args.device), _dtype_of(args.folder)
     tokenizer = _tokenizer(args.folder)
     student = _packed(args.folder, device, trainable=True).float()
     teacher, _ = load(args.teacher or BUNDLED, device)
-    text = load_text(args.text, tokenizer)
+    text = load_text(args.text, tokenizer, model=student)
     window = _window(student)
     steps = max(1, args.tokens // (window * BATCH))
     config = TrainConfig(steps, checkpoint_every=max(1, min(50, steps // 10)))
     print(config)
+    say_if_repeated(text, args.tokens)
     data = batches(text.train, window, BATCH, torch.Generator().manual_seed(args.seed))
-    before = kl_to(teacher, student, text.validation[:EVAL_TOKENS], window)
+    judged = text.validation[:EVAL_TOKENS]
+    before = kl_to(teacher, student, judged, window)
     if before > FAR:
-        print(f"note: the model is {before:.1f} nats a token from {args.teacher or BUNDLED}. Is that what it was made "
-              "from? --teacher names another.")
+        print(f"note: the model is {before:.1f} nats per token from {args.teacher or BUNDLED}. Is that what it was "
+              "made from? --teacher names another.")
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
-    settings = {"teacher": str(args.teacher or BUNDLED), "text": args.text, "tokens": args.tokens, "seed": args.seed}
-    begun = _same_run(checkpoint, settings)
+    begun = _same_run(checkpoint, {"teacher": str(args.teacher or BUNDLED), "text": args.text, "tokens": args.tokens,
+                                   "seed": args.seed, "text_digest": text.digest})
     with tqdm(total=config.steps, disable=_quiet(), unit="step") as bar:
         train(
             student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
         )
-    print(save_packed(student, args.out, _dtype_of(args.folder)))
-    tokenizer.save_pretrained(args.out)
-    del student  # else two models in training would be held
-    after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), text.validation[:EVAL_TOKENS], window)
-    print(f"KL to the unquantized model on validation text, nats a token: {before:.4f} -> {after:.4f}")
+    print(save_packed(student, args.out, dtype))
+    _save_tokenizer(tokenizer, args.out)
     for file in (checkpoint, begun):
         file.unlink(missing_ok=True)
     print(f"packed model: {args.out}")
+    del student  # else two models in training would be held
+    with optional("the trained model is stored, but was not measured"):
+        after = kl_to(teacher, _packed(args.out, device, trainable=True).float(), judged, window)
+        print(f"KL to the unquantized model on validation text, nats per token: {before:.4f} -> {after:.4f}")
 
 
 def run_export(args: argparse.Namespace) -> None:
     """Write a packed model as an ordinary checkpoint."""
     from .pack import export_dense
 
-    _new(args.out)
-    model, tokenizer = _packed(args.folder, torch.device("cpu")), _tokenizer(args.folder)
-    export_dense(model, args.out)
-    tokenizer.save_pretrained(args.out)
+    with _new(args.out):
+        model, tokenizer = _packed(args.folder, torch.device("cpu")), _tokenizer(args.folder)
+        export_dense(model, args.out)
+        _save_tokenizer(tokenizer, args.out)
     print(f"ordinary checkpoint, as large as an unquantized one: {args.out}")
 
 
@@ -118,16 +135,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty: give at least one word to continue")
     PackedLinear.compiled = args.compile
     model, tokenizer = _any(args.folder, choose_device(args.device)), _tokenizer(args.folder)
-    inputs = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).to(next(model.parameters()).device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=args.tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    print(tokenizer.decode(out[0], skip_special_tokens=True))
+    text = continue_prompt(model, tokenizer, args.prompt, args.tokens)
+    print(tokenizer.decode(torch.cat(text), skip_special_tokens=True))
 
 
 def run_bits(args: argparse.Namespace) -> None:
@@ -146,7 +155,7 @@ def _dtype_of(name: str | Path) -> torch.dtype:
 
 def _window(model: nn.Module) -> int:
     """Tokens of a window: WINDOW, or fewer for a model that reads fewer."""
-    return min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    return min(WINDOW, longest_window(model) or WINDOW)
 
 
 def _same_run(checkpoint: Path, settings: dict) -> Path:
@@ -201,15 +210,24 @@ def _tokenizer(folder: Path) -> object:
                          f"model. transformers says: {str(error).splitlines()[0][:100]}") from error
 
 
-def _new(folder: Path) -> None:
-    """Refuse a folder that exists or cannot be made now, rather than after hours of work."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: choose another --out, or remove it")
-    try:
-        folder.mkdir(parents=True)
-        folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error}): choose another --out") from error
+def _save_tokenizer(tokenizer: object, folder: Path) -> None:
+    with optional(f"the model is stored without its tokenizer: tokenizer.save_pretrained({str(folder)!r}) adds that"):
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[None]:
+    """Refuse a folder that exists, cannot be made or is being made by another process, now and not after the work."""
+    with ExitStack() as held:
+        if folder.exists():
+            raise ValueError(f"{folder} exists already: choose another --out, or remove it")
+        try:
+            held.enter_context(alone(folder))
+            folder.mkdir()
+            folder.rmdir()
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder} ({error}): choose another --out") from error
+        yield
 
 
 def _quiet() -> bool:

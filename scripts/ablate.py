@@ -11,16 +11,16 @@ arm tell how large a difference has to be to mean anything.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lcqat_min.compare import ARMS, Arm, Budget, Lab, start
+from lcqat_min.compare import ARMS, Arm, Budget, Lab, made_with, start
 from lcqat_min.convert import quant_layers
 from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
-from lcqat_min.results import add_row, rows_of
+from lcqat_min.results import add_rows, rows_of
 from lcqat_min.text import load_text
 from lcqat_min.train import TrainConfig, train
 
@@ -59,10 +59,9 @@ def trials() -> list[tuple[str, object, Arm, int]]:
 
 def switches(lab: Lab) -> None:
     """Quantize, score, train, score, for each trial."""
-    path, ids = RESULTS / "ablations.json", lab.text.validation[:EVAL_TOKENS]
-    done = {(row["switch"], row["value"], row["seed"]) for row in rows_of(path)}
+    path, ids, config = RESULTS / "ablations.json", lab.text.validation[:EVAL_TOKENS], made_with(lab)
     for switch, value, arm, seed in tqdm(trials(), unit="trial"):
-        if (switch, value, seed) in done:
+        if any((row["switch"], row["value"], row["seed"]) == (switch, value, seed) for row in rows_of(path, config)):
             continue
         model = start(lab, arm, seed)
         row = {"switch": switch, "value": value, "arm": arm.name, "seed": seed}
@@ -71,15 +70,15 @@ def switches(lab: Lab) -> None:
         last = train(model, lab.batches(seed), TrainConfig(steps=lab.budget.steps, **arm.rates), teacher)[-1]
         row["kl_qat"] = kl_to(lab.teacher, model, ids, lab.budget.window)
         row |= {"tokens": last["tokens"], "code_flips": last["flips"]}
-        add_row(path, row, {"budget": asdict(lab.budget)})
+        add_rows(path, [row], config)
 
 
 def longer(lab: Lab, seed: int = 0) -> None:
     """Train with LONGER times the tokens and score at MARKS places, and before."""
     path, ids, steps = RESULTS / "longer.json", lab.text.validation[:EVAL_TOKENS], LONGER * lab.budget.steps
-    done = {row["arm"] for row in rows_of(path)}
+    config = made_with(lab)
     for name, (arm_name, rates) in LONGER_ARMS.items():
-        if name in done:
+        if any(row["arm"] == name for row in rows_of(path, config)):
             continue
         arm = next(arm for arm in ARMS if arm.name == arm_name)
         model, found = start(lab, arm, seed), []
@@ -95,10 +94,9 @@ def longer(lab: Lab, seed: int = 0) -> None:
             found.append({"arm": name, "seed": seed, "tokens": tokens, "kl": kl, "code_flips": flips})
 
         score(0)
-        config = TrainConfig(steps=steps, **{**arm.rates, **rates})
-        train(model, lab.batches(seed), config, lab.teacher, on_step=lambda step, loss, score=score: score(step + 1))
-        for row in found:
-            add_row(path, row, {"budget": asdict(lab.budget)})
+        plan = TrainConfig(steps=steps, **{**arm.rates, **rates})
+        train(model, lab.batches(seed), plan, lab.teacher, on_step=lambda step, loss, score=score: score(step + 1))
+        add_rows(path, found, config)
 
 
 def main() -> None:

@@ -16,12 +16,11 @@ import argparse
 import copy
 import itertools
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lcqat_min.compare import ARMS, Arm, Budget, Lab, start
+from lcqat_min.compare import ARMS, Arm, Budget, Lab, made_with, start
 from lcqat_min.evaluate import kl_to
 from lcqat_min.hub import BUNDLED, choose_device, load
 from lcqat_min.results import add_row, rows_of
@@ -49,14 +48,15 @@ def settings(arm: Arm) -> list[dict[str, float]]:
 
 def search(lab: Lab, arm: Arm) -> None:
     """All settings of one arm, from one start."""
-    done = [row for row in rows_of(RESULTS) if row["arm"] == arm.name]
-    todo = [setting for setting in settings(arm) if not any(row.items() >= setting.items() for row in done)]
-    if not todo:
+    config = made_with(lab)
+    if not (todo := [rates for rates in settings(arm) if not is_done(arm, rates, config)]):
         return
     ids = lab.text.validation[:EVAL_TOKENS]
     begin = start(lab, arm, SEED)
     kl_ptq = kl_to(lab.teacher, begin, ids, lab.budget.window)
     for rates in tqdm(todo, desc=arm.name, unit="run"):
+        if is_done(arm, rates, config):  # by another process meanwhile
+            continue
         clock, model = time.perf_counter(), copy.deepcopy(begin)
         last = train(model, lab.batches(SEED), TrainConfig(steps=STEPS, **rates), lab.teacher)[-1]
         row = {
@@ -69,7 +69,13 @@ def search(lab: Lab, arm: Arm) -> None:
             "code_flips": last["flips"],
             "seconds": time.perf_counter() - clock,
         }
-        add_row(RESULTS, row, {"budget": asdict(lab.budget)})
+        add_row(RESULTS, row, config)
+
+
+def is_done(arm: Arm, rates: dict[str, float], config: dict) -> bool:
+    """Whether the file holds a run of this arm with these rates; ValueError if the file is of other settings."""
+    wanted = {"arm": arm.name, **rates}.items()
+    return any(row.items() >= wanted for row in rows_of(RESULTS, config))
 
 
 def main() -> None:

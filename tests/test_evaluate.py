@@ -5,6 +5,7 @@ bounds that hold for all inputs; independence of batch and slice size; modes res
 """
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,30 @@ def test_every_module_gets_its_own_mode_back(ids):
     with pytest.raises(IndexError):
         perplexity(model, ids + 97, 8)  # token ids the model does not know
     assert [module.training for module in model.modules()] == modes
+
+
+def test_without_tqdm_there_is_no_bar(ids, monkeypatch):
+    model = Table(torch.randn(97, 97, generator=torch.Generator().manual_seed(0)))
+    expected = perplexity(model, ids, 8), kl_to(model, model, ids, 8)
+    monkeypatch.delenv("LCQAT_QUIET")
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it now raises ImportError
+    assert (perplexity(model, ids, 8), kl_to(model, model, ids, 8)) == expected
+
+
+class Merging(Table):
+    """Adds something to its table for evaluation and takes it off again for training, as some adapters do."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.table += (self.training and not mode) - (mode and not self.training)
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_does_more_when_its_mode_changes_is_told(ids, training):
+    model = Merging(torch.zeros(97, 97)).train(training)
+    before = model.table.clone()
+    perplexity(model, ids, 8)
+    assert torch.equal(model.table, before) and model.training is training
 
 
 @pytest.mark.parametrize(

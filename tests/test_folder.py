@@ -189,7 +189,7 @@ def test_a_first_save_that_was_killed_does_not_bar_the_next(model, tmp_path, mon
 
 def test_two_saves_at_once_are_not_mixed(model, saved, make):
     before = contents(saved)
-    with alone(saved / ".saving"), pytest.raises(ValueError, match="another process is working on"):
+    with alone(saved / ".saving"), pytest.raises(ValueError, match="another process is at work here"):
         save_packed(make(1), saved)
     assert contents(saved) == before
 

@@ -526,6 +526,21 @@ def test_packed_linear_equals_the_trained_layer(rotated, on_gpu, shape, monkeypa
     torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=in_interpreter)])
+@pytest.mark.parametrize("name", ["lattice 3", "planes 4", "planes 8", "table 2"])
+def test_a_traced_product_serves_other_inputs_and_numbers_of_rows(name, on_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
+    book, generator = book_of(name), torch.Generator().manual_seed(1)
+    codes, D = packed(book, 33, 130)
+    for rows in (1, 20):
+        x = torch.randn(rows, 130, generator=generator)
+        traced = torch.jit.trace(lambda x: kernels.packed_linear(x, codes, book, torch.ones(33)), x, check_trace=False)
+        for other in (1, 5, 20):
+            x = torch.randn(other, 130, generator=generator)
+            assert relative(traced(x), x @ D.T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=in_interpreter)])
 def test_packed_linear_keeps_the_dtype_of_x(dtype, tolerance, on_gpu, monkeypatch):

@@ -1,6 +1,6 @@
 """The promises of the set-up: every dependency explained and pinned, core imports small, targets that exist.
 
-Checked on the files as they stand, without building anything and without a network.
+Checked on the files as they stand and on a wheel built from a copy of them, without a network.
 """
 
 import os
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
-    "constants digits codebook search lloyd rotate rounding calibrate feedback ptq linear convert checkpoint "
-    "distillation train evaluate docstrings text locks tensorfile"
+    "constants digits codebook search lloyd rotate rounding calibrate feedback ptq inputs layers linear convert "
+    "checkpoint distillation train evaluate docstrings text locks tensorfile"
 ).split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
 TARGETS = "help setup compare test bench figures notebooks slides lint lab clean".split()
@@ -112,6 +113,49 @@ print(kl_to(teacher, model, ids % 16, 32))
     environment = os.environ | {"LCQAT_QUIET": "1"}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and float(run.stdout) > 0, run.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what `pip install .` puts into site-packages; the wheel is built from a copy of this tree."""
+    pytest.importorskip("setuptools")
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("lcqat_min", "models", "results"):
+        shutil.copytree(ROOT / name, place / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / "tree")
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(place)!r})"
+    run = subprocess.run([sys.executable, "-c", build], cwd=place / "tree", capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with zipfile.ZipFile(next(place.glob("*.whl"))) as wheel:
+        wheel.extractall(place / "site")
+    return place / "site"
+
+
+def test_a_wheel_holds_what_the_main_job_needs_and_no_more(installed):
+    files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    code = {f"lcqat_min/{path.name}" for path in (ROOT / "lcqat_min").glob("*.py")}
+    model = {f"lcqat_min/bundled/models/doc-llama/{path.name}" for path in (ROOT / "models" / "doc-llama").iterdir()}
+    assert {name.replace(os.sep, "/") for name in files if "dist-info" not in name} == {
+        *code, *model, "lcqat_min/bundled/results/compare.json"
+    }
+    for name in (*model, "lcqat_min/bundled/results/compare.json"):
+        assert (installed / name).read_bytes() == (ROOT / name.removeprefix("lcqat_min/bundled/")).read_bytes()
+
+
+def test_an_installed_package_finds_its_model_from_anywhere(installed, tmp_path):
+    program = (
+        "import lcqat_min.hub as hub, lcqat_min.runs as runs, lcqat_min.cli as cli\n"
+        "print(hub.BUNDLED); print((runs.DATA / 'results' / 'compare.json').is_file())\n"
+        "cli.main(['compare', '--save']); cli.main(['compare', '--help'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    bundled, committed, *text = run.stdout.splitlines()
+    assert Path(bundled).resolve().is_relative_to(installed.resolve()) and committed == "True"
+    assert any("runs/<time>" in line for line in text) and "this package is not in one" in run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", TARGETS)

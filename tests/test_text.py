@@ -2,10 +2,13 @@
 are disjoint, stable and independent of order; that windows, batches and samples are the text's own
 windows; that the cache gives the same ids and survives corruption; and that errors name the remedy."""
 
+import hashlib
 import importlib
 import inspect
 import itertools
+import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,26 @@ def test_a_cache_that_cannot_be_written_is_a_note(fake_package, tmp_path, capsys
     assert len(splits.train) and "set LCQAT_CACHE to a folder that can be written" in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_looked_at_is_a_note(fake_package, tmp_path, capsys, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache.Path, "exists", forbidden)  # what it does in another user's home
+    splits = text.load_text("docstrings", CharTokenizer(), cache_dir=tmp_path / "cache")
+    assert len(splits.train) and "cannot read the cached text" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_has_no_cache(fake_package, capsys, monkeypatch):
+    def nowhere(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LCQAT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache.Path, "expanduser", nowhere)
+    assert len(text.load_text("docstrings", CharTokenizer()).train)
+    assert "home directory.), so it will be built anew each time; set LCQAT_CACHE" in capsys.readouterr().err
+
+
 def test_cache_key_follows_tokenizer_and_versions(monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", ("torch",))
     key = cache.fingerprint("docstrings", CharTokenizer())
@@ -211,6 +234,29 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("LCQAT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.default_cache() == Path.home() / ".cache" / "lcqat-min"
+
+
+def test_digest_tells_texts_apart():
+    parts = [[1, 2, 300], [4], [5, 70000]]
+    expected = hashlib.sha256(b"".join(struct.pack(f"<q{len(ids)}i", len(ids), *ids) for ids in parts)).hexdigest()[:16]
+    splits = text.Splits(*map(torch.tensor, parts), "a")
+    assert splits.digest == expected == replace(splits, source="b").digest
+    moved = text.Splits(*map(torch.tensor, ([1, 2], [300, 4], [5, 70000])), "a")
+    assert moved.digest != expected
+
+
+def test_a_text_that_is_shown_more_than_once_is_told(capsys):
+    splits = text.Splits(torch.arange(8), torch.arange(4), torch.arange(4), "a")
+    text.say_if_repeated(splits, 8)
+    assert not capsys.readouterr().out
+    text.say_if_repeated(splits, 9)
+    assert "has 8 tokens to train on, so 9 show it more than once" in capsys.readouterr().out
+
+
+def test_tokens_that_a_model_does_not_have_are_refused(corpus, tiny_llama):
+    assert len(text.load_text(str(corpus), CharTokenizer()).train)
+    with pytest.raises(ValueError, match="the train text holds tokens from .*, the model knows 0 to 96"):
+        text.load_text(str(corpus), CharTokenizer(), model=tiny_llama())
 
 
 # -------------------------------------------------------------------------------------------- wikitext2
@@ -234,6 +280,12 @@ def test_wikitext_without_network_names_the_remedy(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="no route.*source='docstrings'.*local text file"):
         text.load_text("wikitext2", CharTokenizer(), cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wikitext_without_its_reader_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match="pip install datasets"):
+        text.load_text("wikitext2", CharTokenizer(), cache_dir=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- windows
@@ -299,6 +351,12 @@ def test_too_little_text_says_what_was_got_and_needed(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="got .* for validation.*at least 256.*250 000 characters"):
         text.load_text(str(path), CharTokenizer())
+
+
+def test_a_folder_without_text_is_named(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="holds no .txt or .md file"):
+        text.load_text(str(tmp_path), CharTokenizer())
 
 
 def test_tokenizer_without_end_of_text():

@@ -8,6 +8,7 @@ checkpointing, accelerate.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_a_damaged_checkpoint_says_so(pair, tmp_path, damage):
     train(model, stream(), RUN, teacher, checkpoint=path)
     path.write_bytes(damage(path.read_bytes()))
     refused(pair("planes")[1], teacher, RUN, path, r"run\.safetensors is .* no whole checkpoint, delete it")
+
+
+def test_a_checkpoint_that_could_not_be_written_is_named_before_the_first_step(pair, tmp_path, monkeypatch):
+    teacher, model = pair("planes")
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now raises ImportError
+    before = state(model)
+    with pytest.raises(ImportError, match="needs safetensors, .*pip install safetensors"):
+        train(model, stream(), RUN, teacher, checkpoint=tmp_path / "run.safetensors")
+    assert same(state(model), before)
+    train(model, stream(), TrainConfig(1), teacher)
 
 
 def test_a_half_written_file_is_ignored_and_a_home_is_found(pair, tmp_path, monkeypatch):
