@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import LongTensor
 
 from .docstrings import installed_versions
+from .tensorfile import reading, save_tensors
 
 FORMAT = 1  # part of the key: raise it when reading or splitting changes
 
@@ -55,28 +56,24 @@ def fingerprint(source: str, tokenizer) -> str:
 
 
 def _read(path: Path) -> dict[str, LongTensor] | None:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if not path.exists():
             return None
-        tensors = load_file(path)
+        with reading(path, "a new one takes its place"):
+            tensors = load_file(path)
         return {name: tensors[name].long() for name in ("train", "validation", "test")}
-    except (SafetensorError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         print(f"note: cannot read the cached text {path} ({error}); building it anew", file=sys.stderr)
         return None
 
 
 def _write(path: Path, ids: dict[str, LongTensor]) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: part.int() for name, part in ids.items()}, temporary)
-        os.replace(temporary, path)
+        save_tensors({name: part.int() for name, part in ids.items()}, path)
     except (SafetensorError, OSError) as error:
         _note_not_kept(f"{path}: {error}")
 

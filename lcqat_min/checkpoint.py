@@ -7,14 +7,13 @@
 
 A file is refused before anything is touched when it is damaged, was made with other settings, or started from
 another model. The same quantization with another number of threads or on another device differs in last digits:
-such a start counts as the same (ALIKE), and the file's is taken. Gives up: neither the teacher nor the text is in
+such a start counts as the same (ALIKE), and the file's is taken. Limits: neither the teacher nor the text is in
 the file; bring the same ones.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import quant_layers
+from .tensorfile import reading, save_tensors
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -93,8 +93,6 @@ class Run:
 
     def save(self, path: Path, step: int, tokens: int, history: list[dict], losses: list[float]) -> None:
         """Write all that `load` gives back: steps done, tokens seen, losses since the last row of the history."""
-        from safetensors.torch import save_file
-
         tensors = {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
         for group in self.groups:
             parameter, name = group["params"][0], group["name"]
@@ -102,25 +100,19 @@ class Run:
             tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
                         **{f"adam.{key}.{name}": value for key, value in state.items()}}
         meta = {"step": step, "tokens": tokens, "history": history, "losses": losses}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary,
-                  metadata={"settings": self.settings, **{key: json.dumps(value) for key, value in meta.items()}})
-        os.replace(temporary, path)
+        save_tensors(tensors, path, {"settings": self.settings, **{key: json.dumps(meta[key]) for key in meta}})
 
     def load(self, path: Path) -> tuple[int, int, list[dict], list[float]]:
         """Restore parameters and optimizer; returns steps done, tokens seen, history, losses since its last row.
 
         Nothing is touched before the whole file has been read and found to belong to this run.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
+        with reading(path, "it is no whole checkpoint, delete it to start afresh"):
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole checkpoint ({error}): delete it to start afresh") from error
         self._check(path, meta, tensors)
         with torch.no_grad():
             for name, buffer in self.fixed.items():

@@ -5,10 +5,9 @@
     load_packed(folder, trainable=True)      the same map with trainable layers: training goes on from here
     export_dense(model, folder)              plain weights, for tools that have never heard of this package
 
-A packed folder is a Hugging Face folder: config.json with a `quantization_config`, model.safetensors and a
-README.md that says how to load it. The configuration declares each layer's Form (packed.py). All shapes
-follow from the forms; they are compared, and so is a SHA-256 over forms and tensor file, before any tensor
-is loaded. Tied embeddings are stored once and tied again.
+A packed folder is a Hugging Face folder: config.json with a `quantization_config`, model.safetensors (several
+files where there is much) and a README.md that says how to load it. The configuration declares each layer's Form,
+and all is compared with it before any tensor is loaded (layout.py). Tied embeddings are stored once and tied again.
 
 Scales and codebooks are stored as fp16. `to_storage_precision(model)` gives the model in memory the same
 numbers, so that it, the packed file and the dense export agree. Latents are not stored: further training
@@ -20,8 +19,6 @@ A folder is replaced whole or not at all, and files in it that are not the model
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,21 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from .bits import Bits, CodeStats, bits_per_weight, code_stats, codes_of
-from .convert import IN_TRAINING, METHOD, mark
-from .folder import BEFORE, TITLE, WEIGHTS, write_folder
-from .packed import Form, PackedLinear
+from .convert import METHOD, mark
+from .folder import TITLE, write_folder
+from .layout import VERSION, check, config_of, configure, digest, tensor_files
+from .packed import PackedLinear
 from .storage import pack_layers, to_storage_precision, unpack_layers
 
 __all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats", "codes_of", "export_dense",
            "load_packed", "save_packed", "to_storage_precision"]
 
-VERSION = 1
-AGAIN = "copy it again from where it was whole, or save the model again"
 README = """
 
     import lcqat_min.hf                                   # teaches transformers to read this folder
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("this folder")
+    from transformers import {kind}
+    model = {kind}.from_pretrained("this folder"{trust})
 
 Without the first line transformers reports an unknown quantization type `lcqat_min.hf` and stops at
 weights of another shape than it expects.
@@ -59,8 +55,12 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
 
     The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
     configuration (a tokenizer, checkpoints) are left alone. ValueError, before anything is written, for a model
-    without quantized layers, with tensors that its configuration does not build, or with an untied head; for numbers
-    that fp16 or dtype cannot hold, for a folder of something else; TypeError for a model that is not of transformers.
+    without quantized layers, with tensors that its configuration does not build or that are offloaded, or with an
+    untied head; for numbers that fp16 or dtype cannot hold; for a folder of something else, or one that another process
+    saves to. TypeError for a model that is not of transformers.
+
+    Code that came with the model is saved beside it, and so are, where the folder has none, the files of a processor
+    (images, sound, chats) from where the model was loaded. The tokenizer is not.
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
@@ -74,9 +74,9 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     bits = bits_per_weight(model, dtype)
 
     def complete(part: Path) -> None:
-        _configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
-                          "sha256": _digest(forms, part / WEIGHTS)})
-        (part / "README.md").write_text(f"{TITLE}{README}```\n{bits}\n```\n", encoding="utf-8")
+        configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
+                         "sha256": digest(forms, tensor_files(part))})
+        (part / "README.md").write_text(f"{TITLE}{_readme(model)}```\n{bits}\n```\n", encoding="utf-8")
 
     write_folder(model, tensors, Path(folder), dtype or model.dtype, complete)
     return bits
@@ -85,25 +85,46 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
 def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
     """The model of a folder that `save_packed` wrote, in evaluation mode, on the CPU.
 
-    trainable: with layers that train on from the file's codes instead of packed ones. FileNotFoundError or
-    ValueError for a folder that is missing, foreign, of a newer version, truncated or altered.
+    trainable: with layers that train on from the file's codes instead of packed ones. OSError for a folder that is
+    missing or cannot be read; ValueError for one that is foreign, of a newer version, truncated or altered, and for a
+    model whose code is not part of transformers.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM
-
     from . import hf  # noqa: F401  registers the reader
 
     folder = Path(folder).expanduser()
     config = config_of(folder)
-    check(folder / WEIGHTS, config.get("quantization_config") or {})
-    kind = getattr(transformers, str((config.get("architectures") or [""])[0]), AutoModelForCausalLM)
-    model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check(tensor_files(folder), config.get("quantization_config") or {})
+    model = _class_of(folder, config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if trainable:
         model.requires_grad_(True)
         swap(model, unpack_layers({n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}))
         model.hf_quantizer.remove_quantization_config(model)
         mark(model)
     return model
+
+
+def _readme(model: nn.Module) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if model._auto_class is not None:
+        return README.format(kind=model._auto_class, trust=", trust_remote_code=True")
+    name = type(model).__name__
+    return README.format(kind="AutoModelForCausalLM" if name in CAUSAL.values() else name, trust="")
+
+
+def _class_of(folder: Path, config: dict) -> type:
+    """The class of transformers that was saved in `folder`; ValueError for one of another origin."""
+    import transformers
+
+    name = str((config.get("architectures") or ["AutoModelForCausalLM"])[0])
+    coded = {key: str(value).rpartition(".") for key, value in (config.get("auto_map") or {}).items()}
+    autos = [key for key, (file, _, kind) in coded.items() if kind == name and (folder / f"{file}.py").is_file()]
+    if autos or not hasattr(transformers, name):
+        how = f"{autos[0]}.from_pretrained({str(folder)!r}, trust_remote_code=True)" if autos else (
+            f"{name}.from_pretrained({str(folder)!r})")
+        raise ValueError(f"the code of {name} is not part of transformers, and load_packed runs no other. If you trust "
+                         f"it: import lcqat_min.hf, then {how}")
+    return getattr(transformers, name)
 
 
 @torch.no_grad()
@@ -119,7 +140,7 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
         is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
         tensors[f"{name}.weight"] = weight if is_linear else weight.T
     tensors = _as_published(plain, tensors)
-    write_folder(model, tensors, Path(folder), model.dtype, lambda part: _configure(part, None))
+    write_folder(model, tensors, Path(folder), model.dtype, lambda part: configure(part, None))
 
 
 def _as_published(plain: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,45 +150,6 @@ def _as_published(plain: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     except ImportError:
         return tensors  # transformers reads its own names, too
     return revert_weight_conversion(plain, tensors)
-
-
-def check(file: Path, settings: dict) -> dict[str, Form]:
-    """Forms of the layers packed in `file`; ValueError where it is not as its `settings` declare.
-
-    settings: quantization_config of its config.json.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if settings.get("quant_method") != METHOD:
-        raise ValueError(f"{file.parent} is no packed model of lcqat_min (quant_method: "
-                         f"{settings.get('quant_method')}). Load it with transformers, or give a folder that "
-                         "save_packed wrote.")
-    if settings.get("version") == IN_TRAINING["version"]:
-        raise ValueError(f"{file.parent} was written by save_pretrained from a model in training (or loaded with the "
-                         "config of one): transformers cannot build that. Quantize the original again with the same "
-                         f"settings, load_state_dict the tensors in {file.parent}, and save_packed that.")
-    if settings.get("version") != VERSION:
-        raise ValueError(f"{file.parent} has format version {settings.get('version')}, this lcqat_min reads "
-                         f"version {VERSION}: update lcqat_min")
-    try:
-        forms = {name: Form(**form) for name, form in settings["layers"].items()}
-        layouts = {name: form.tensors(name) for name, form in forms.items()}
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{file.parent / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
-    try:
-        with safe_open(file, framework="pt") as stored:
-            found = {name: stored.get_slice(name) for name in stored.keys()}
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}): {AGAIN}") from error
-    for layer, key in ((layer, key) for layer, layout in layouts.items() for key in layout):
-        dtype, shape = layouts[layer][key]
-        want, got = ("U8" if dtype == torch.uint8 else "F16", shape), found.get(f"{layer}.{key}", "missing")
-        if got != want:
-            raise ValueError(f"tensor {layer}.{key} of {file} is {got}, not {want}: {AGAIN}")
-    if settings.get("sha256") != _digest(settings["layers"], file):
-        raise ValueError(f"{file} or its config.json was altered since it was saved (SHA-256): {AGAIN}")
-    return forms
 
 
 def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
@@ -191,6 +173,9 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
         raise ValueError("the model has no quantized layer: call quantize first, or save it as it is by "
                          "model.save_pretrained")
     rest, state = {}, model.state_dict()
+    if away := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole, without "
+                         "device_map")
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
         partner = state.get(model.all_tied_weights_keys.get(key))
@@ -219,33 +204,3 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or "
                          "torch.float32")
     return value.to(dtype)
-
-
-def _digest(forms: dict[str, dict], file: Path) -> str:
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-    digest.update(json.dumps(forms, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def config_of(folder: Path) -> dict:
-    """config.json of a folder; FileNotFoundError or ValueError where it is missing or none."""
-    file = folder / "config.json"
-    if not file.is_file():
-        before = folder / BEFORE
-        hint = f"; a save was interrupted: move the files in {before} back" if before.is_dir() else ""
-        raise FileNotFoundError(f"{file} is missing: give a folder that save_packed wrote{hint}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        dict(config.get("quantization_config") or {})
-        return config
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not the JSON of a configuration ({error}): {AGAIN}") from error
-
-
-def _configure(part: Path, settings: dict | None) -> None:
-    """Set or remove the quantization_config of part/config.json."""
-    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    config |= {} if settings is None else {"quantization_config": settings}
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

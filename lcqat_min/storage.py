@@ -9,7 +9,7 @@ are multiplied by a power of two, 2^-exponent, which is exact.
 model, its packed layers and its dense export are one and the same map: what was measured is what is
 shipped.
 
-Gives up: latents are not stored. Layers that come back from packed ones start on their codes; they give
+Limits: latents are not stored. Layers that come back from packed ones start on their codes; they give
 the same outputs, but have forgotten which codes were about to flip.
 """
 

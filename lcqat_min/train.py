@@ -118,7 +118,7 @@ def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teach
     loop_model, stepper = accelerator.prepare(model, optimizer)
     # After prepare, which may move the parameters to another device.
     run = Run(model, optimizer, config, "next token" if teacher is None else "KL")
-    checkpoint = None if checkpoint is None else Path(checkpoint)
+    checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
     done, tokens, history, losses = run.load(checkpoint) if checkpoint and checkpoint.exists() else (0, 0, [], [])
     agree(done)
     optimizer.zero_grad()  # an interrupted run may have left gradients

@@ -77,4 +77,4 @@ def _seeded(model_class: type, config: object, seed: int) -> torch.nn.Module:
     """A float32 model in training mode; its weights are large enough for every layer to move the logits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(config).float().train()
+        return model_class(copy.deepcopy(config)).float().train()  # tests may change the config of their model

@@ -1,9 +1,11 @@
 """Packed folders through transformers' own from_pretrained, in a process that has never seen the model.
 
 Checked: same logits and same greedy tokens in a new process after `import lcqat_min.hf`, also in a pipeline;
-a dtype that is asked for; damaged files refused as by load_packed; saving points to our own function.
+a dtype that is asked for; other places, devices and heads; sizes; damaged files refused as by load_packed; saving
+points to our own function.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,7 +15,14 @@ import pytest
 import torch
 
 from lcqat_min import QuantConfig, quantize
-from lcqat_min.pack import PackedLinear, load_packed, save_packed, to_storage_precision
+from lcqat_min.pack import (
+    PackedLinear,
+    bits_per_weight,
+    export_dense,
+    load_packed,
+    save_packed,
+    to_storage_precision,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -82,6 +91,93 @@ def test_a_dtype_that_is_asked_for_leaves_the_packed_tensors_alone(folder):
             for key, value in module.named_buffers():
                 original = stored[f"{name}.{key}"]
                 assert torch.equal(value, original) and value.dtype == original.dtype
+
+
+@pytest.mark.parametrize("how", [
+    {"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True},
+    {"attn_implementation": "eager"}, {"revision": "main"}, {"dtype": "auto"},
+    {"device_map": {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
+                    "lm_head": "cpu"}},
+], ids=str)
+def test_arguments_of_from_pretrained_do_not_change_the_map(how, model, folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    offload = {"offload_folder": str(tmp_path / "offload")} if "disk" in str(how) else {}
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **how, **offload)(input_ids=PROMPT).logits
+        assert torch.allclose(loaded, model(input_ids=PROMPT).logits, atol=1e-4)
+
+
+def test_a_relative_path_and_a_subfolder_are_found(model, folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    monkeypatch.chdir(folder.parent)
+    for load in (load_packed, AutoModelForCausalLM.from_pretrained):
+        assert isinstance(load("model").model.layers[1].mlp.up_proj, PackedLinear)
+    inside = AutoModelForCausalLM.from_pretrained(str(folder.parent), subfolder="model")
+    assert isinstance(inside.model.layers[1].mlp.up_proj, PackedLinear)
+
+
+def test_heads_can_be_left_out_added_and_changed(model, folder, tmp_path):
+    """The layers share a table, so their names in the file are also the names of its owner."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    import lcqat_min.hf  # noqa: F401
+
+    with torch.no_grad():
+        hidden = model.model(input_ids=PROMPT)[0]
+        base = AutoModel.from_pretrained(folder)
+        assert torch.allclose(base(input_ids=PROMPT)[0], hidden, atol=1e-4)
+        save_packed(base, tmp_path / "base")
+        for loaded in (load_packed(tmp_path / "base"), AutoModelForCausalLM.from_pretrained(tmp_path / "base").model,
+                       AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).model):
+            assert torch.allclose(loaded(input_ids=PROMPT)[0], hidden, atol=1e-4)
+            assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 14
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # the head is tied, so it is there, too
+    assert torch.allclose(whole(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits, atol=1e-4)
+
+
+def test_a_base_model_is_quantized_saved_and_exported_like_any_other(tiny_llama, tmp_path):
+    from transformers import AutoModel
+
+    model = tiny_llama().model.eval()
+    quantize(model, [PROMPT], QuantConfig(codebook="scalar", feedback=False, refits=0))
+    to_storage_precision(model)
+    save_packed(model, tmp_path / "packed")
+    export_dense(model, tmp_path / "dense")
+    with torch.no_grad():
+        for loaded in (load_packed(tmp_path / "packed"), AutoModel.from_pretrained(tmp_path / "dense")):
+            assert type(loaded) is type(model)
+            assert torch.allclose(loaded(input_ids=PROMPT)[0], model(input_ids=PROMPT)[0], atol=1e-4)
+
+
+def test_a_class_without_these_layers_says_so(folder):
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    for load in (GPT2LMHeadModel.from_pretrained, lambda f: LlamaForCausalLM.from_pretrained(f, num_hidden_layers=0)):
+        with pytest.raises(ValueError, match="lacks layers of the packed model, as 'model.layers.0.*`architectures`"):
+            load(folder)
+
+
+def test_parameters_are_counted_as_before_quantization(tiny_llama, folder):
+    original, packed = tiny_llama(), load_packed(folder)
+    for loaded in (packed, copy.deepcopy(packed)):
+        assert loaded.num_parameters() == original.num_parameters() == bits_per_weight(packed).parameters
+        assert loaded.num_parameters(exclude_embeddings=True) == original.num_parameters(exclude_embeddings=True)
+        assert loaded.num_parameters(only_trainable=True) == 0
+    trainable = load_packed(folder, trainable=True)
+    assert trainable.num_parameters() == sum(p.numel() for p in trainable.parameters())
+
+
+def test_a_packed_model_is_not_unpacked_in_place(folder):
+    with pytest.raises(NotImplementedError, match="export_dense.*load_packed"):
+        load_packed(folder).dequantize()
 
 
 def test_altered_files_are_refused(folder):

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "constants digits codebook search lloyd rotate rounding calibrate feedback ptq inputs layers linear convert "
-    "checkpoint distillation train evaluate docstrings text"
+    "checkpoint distillation train evaluate docstrings text locks tensorfile"
 ).split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
 TARGETS = "help setup compare test anywhere bench figures notebooks slides lint lab lock clean".split()
