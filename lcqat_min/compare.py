@@ -32,6 +32,7 @@ from .evaluate import perplexity_and_kl
 from .inputs import longest_window
 from .ptq import QuantConfig
 from .sample import continue_prompt
+from .storage import to_storage_precision
 from .text import Splits, batches, sample_windows
 from .train import TrainConfig, train
 
@@ -138,10 +139,11 @@ class Lab:
 
 
 def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:
-    """A copy of the unquantized model, quantized as the arm says and not yet trained."""
+    """A copy of the unquantized model, quantized as the arm says and not yet trained, in the precision of its file."""
     model = copy.deepcopy(lab.teacher)
     if arm.quant is not None:
         quantize(model, lab.calibration(seed), replace(arm.quant, seed=seed))
+        to_storage_precision(model)
     return model
 
 
@@ -153,7 +155,10 @@ def run_arm(
     checkpoint: Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[dict, nn.Module, list[dict]]:
-    """Quantize, score, train, score: the row of the results, the model and the training history."""
+    """Quantize, score, train, score: the row of the results, the model and the training history.
+
+    What is scored has the 16-bit scales and codebooks whose bits are counted: the model that its file will hold.
+    """
     clock = time.perf_counter()
     model = start(lab, arm, seed)
     row = {"arm": arm.name, "seed": seed, "bits_per_weight": bits_per_weight(model).per_weight, "ppl_fp": ppl_fp}
@@ -173,6 +178,7 @@ def run_arm(
             on_step=on_step,
         )
         row["seconds_qat"] = time.perf_counter() - clock
+        to_storage_precision(model)
         row["ppl_qat"], row["kl_qat"] = lab.score(model)
         row["code_flips"], row["tokens"] = history[-1]["flips"], history[-1]["tokens"]
     return row | {"peak_mb": peak_mb(lab.device)}, model, history

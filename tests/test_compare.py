@@ -23,7 +23,8 @@ from lcqat_min.compare import ARMS, Arm, Budget, fitting, settings
 from lcqat_min.hub import BUNDLED, choose_device, label, load
 from lcqat_min.locks import alone
 from lcqat_min.results import Results, read_results, write_json
-from lcqat_min.text import Splits
+from lcqat_min.storage import to_storage_precision
+from lcqat_min.text import Splits, load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Budget(train_tokens=256, calibration_tokens=256, eval_tokens=128, window=32, batch=2)
@@ -478,3 +479,18 @@ def test_results_refuses_other_settings(tmp_path):
     assert Results(tmp_path / "r.json", config).has("fp", 0)
     with pytest.raises(ValueError, match="model was m, is n"):
         Results(tmp_path / "r.json", settings([ARMS[0]], TINY, "n", "t", "p"))
+
+
+@pytest.mark.parametrize("name", ["sq", "lcqat-planes"])
+def test_what_is_scored_is_what_a_file_will_hold(name, place, tmp_path, monkeypatch):
+    """Before and after training: rounding to the 16 bits that a file has changes no number of what was scored."""
+    teacher, tokenizer = load(place / "model")
+    lab = compare.Lab(teacher, tokenizer, load_text(str(place / "text.txt"), tokenizer), TINY, torch.device("cpu"))
+    scored = []
+    monkeypatch.setattr(compare.Lab, "score", lambda self, model: scored.append(copy.deepcopy(model)) or (1.0, 1.0))
+    compare.run_arm(lab, next(arm for arm in ARMS if arm.name == name), 0, 1.0)
+    assert len(scored) == 2
+    for model in scored:
+        held = copy.deepcopy(model)
+        to_storage_precision(held)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), held.parameters(), strict=True))
