@@ -11,9 +11,11 @@ squared error (MSE) is that of fresh weights, drawn like those of the fit; tests
     name          d   k   L   digits                 learned numbers   MSE on N(0,1)
     scalar        1   1   4   -1.5 -0.5 +0.5 +1.5       2               0.119
     tied planes   4   4   4   the same                 20               0.119    the paper's, z = q + 1.5
-    untied planes 4   8   2   -1 +1                    36               0.098    our idea (frame_planes)
+    untied planes 4   8   2   -1 +1                    36               0.098    frame_planes
     untied planes 8  16   2   -1 +1                   136               0.092
     free table    4   -   -   none: a lookup         1024               0.098
+
+Untied planes without b, one A for the whole model, are LiftQuant (arXiv 2606.04050), published independently.
 
 Why the names: a digit of four levels is two bits, q = hi + lo/2 with hi, lo in {-1, +1}, so the paper's
 codebook is [A, A/2] applied to two bit-planes: the low plane is *tied* to half of the high plane. All its
