@@ -24,7 +24,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test anywhere bench figures notebooks slides lint lab lock clean
+.PHONY: help setup compare test coverage anywhere bench figures notebooks slides lint lab lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,12 @@ test: $(READY)  ## run the unit tests, then every notebook
 	$(PY) -m pytest -n 2 --dist loadfile
 	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=300 notebooks
+
+coverage: $(READY)  ## run the unit tests and list the lines that none of them reaches
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -n 2 --dist loadfile
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
 
 anywhere: $(READY)  ## run the tests as on other machines: instruction sets, threads, text, versions (hours)
 	$(PY) scripts/anywhere.py $(ARGS)

@@ -23,7 +23,7 @@ CORE = (
     "checkpoint distillation train evaluate docstrings text locks tensorfile"
 ).split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
-TARGETS = "help setup compare test anywhere bench figures notebooks slides lint lab lock clean".split()
+TARGETS = "help setup compare test coverage anywhere bench figures notebooks slides lint lab lock clean".split()
 
 
 def normalized(requirement: str) -> str:
