@@ -17,6 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import lcqat_min
+
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "constants digits codebook search lloyd rotate rounding calibrate feedback ptq inputs layers linear convert "
@@ -171,6 +173,27 @@ def test_an_installed_package_finds_its_model_from_anywhere(installed, tmp_path)
     assert Path(bundled).resolve().is_relative_to(installed.resolve()) and committed == "True"
     assert any("runs/<time>" in line for line in text) and "this package is not in one" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_every_file_names_the_same_version_and_papers():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert lcqat_min.__version__ == citation["version"] == newest == version
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for paper in citation["references"]:
+        name, number = paper["title"].split(":")[0], paper["url"].rpartition("/")[2]
+        assert f"{name} ({number})" in readme and paper["doi"].endswith(f"arXiv.{number}") and paper["authors"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_pages_name_files_and_targets_that_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)\)", text) if "://" not in link]
+    paths = re.findall(r"(?:^|[` ])((?:lcqat_min|scripts|tests|results|figures|notebooks|examples)/[\w./-]*)`", text)
+    assert links + paths
+    assert [path for path in links + paths if not (ROOT / path).exists() and "NN" not in path] == []
+    assert set(re.findall(r"`make (\w+)", text)) <= set(TARGETS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
