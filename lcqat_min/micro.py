@@ -60,7 +60,7 @@ def layers_of(model: nn.Module, kind: type) -> dict[str, nn.Module]:
     """The layers of a kind, except lm_head, by name. ValueError where there is none."""
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is kind and "lm_head" not in name}
     if not layers:
-        raise ValueError(f"no {kind.__name__} in the model: quantize and unpack want it unquantized, train and pack not")
+        raise ValueError(f"no {kind.__name__} in the model: quantize and unpack take a dense one, train and pack not")
     return layers
 
 
