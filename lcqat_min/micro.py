@@ -11,10 +11,10 @@ needs torch and nothing else: copied into an empty folder, it runs. Its function
 
     1 rotate    W_r = U (s_out * W * s_in) U        outliers are spread; weights come close to independent and normal
     2 codebook  repeat: the nearest codewords, then the least-squares (A, b), for weights divided by their row's RMS
-    3 moments   H = sum x x^T = C C^T               what an error in the weights costs the layer's output: tr(E H E^T)
-    4 round     for each vector g of d columns, from the last to the first:
-                t_g = W_g + sum_{h>g} (W_h - W_hat_h) L_gh        carry the errors of later vectors; L_gh = C_hg C_gg^-1
-                q_g = argmin (t_g - A q - b)^T G_g (t_g - A q - b)        then tr(E H E^T) is the sum of these squares
+    3 moments   H = sum x x^T                       what an error in the weights costs the layer's output: tr(E H E^T)
+    4 round     with H = C C^T (Cholesky), for each vector g of d columns, from the last to the first:
+                t_g = W_g + sum_{h>g} (W_h - W_hat_h) L_gh^T    carry the errors of later vectors; L_gh^T = C_hg C_gg^-1
+                q_g = argmin e^T G_g e,  e = t_g - r (A q + b)  then tr(E H E^T) is the sum of these minima
                 Each row keeps the best of a few scales r, with feedback or without it (L = 0, G = I).
     5 refit     the (A, b) of least tr(E H E^T) for these codes; round again at scales nearby; keep it if it is better
     6 layer     W_hat = s_out * U (r (A sign(v) + b)) U * s_in * c    y = x W_hat^T + bias
@@ -23,23 +23,24 @@ needs torch and nothing else: copied into an empty folder, it runs. Its function
     8 pack      codes as bytes; r, c, A, b as fp16; s_in and s_out as bits
 
     symbol       name                    shape          what it is
-    W, W_hat     W, layer.weight         [out, n]       the weights of a layer with n inputs, and what stands for them
-    E            error                   [out, n]       W - W_hat
+    W, W_hat     W                       [out, n]       the weights of a layer with n inputs, and what stands for them
+    E            error                   [n, out]       W - W_hat, transposed and over r
     d, k         DIM, BITS               4, 8           weights in a vector; bits of its code
     q            digits_of(index)        [..., k]       the bits of a code as -1 and +1, the highest first
     A, b         A, b; book = [A | b]    [d, k], [d]    the codebook of a layer; its 2^k codewords A q + b are `words`
     U            U                       [B, B]         Hadamard matrix, for each block of B columns; its own inverse
     s_in, s_out  signs_in, signs_out     [n], [out]     random signs, -1 and +1
     H            H                       [n, n]         second moments of the rotated inputs, with 1 % damping
-    C, L         C, L                    [n, n]         Cholesky factor of H; feedback
-    G            G                       [n/d, d, d]    metric of each vector, C_gg C_gg^T
-    t            target                  [out, n]       what a vector is rounded from: weight and carried error, over r
+    C, L         C, L                    [n, n]         Cholesky factor of H, lower triangular; feedback
+    G            G                       [n/d, d, d]    the metric of each vector, C_gg C_gg^T
+    t            target                  [n, out]       what is rounded: weights and carried errors, likewise
     r, c         row_scale, col_scale    [out], [n]     scales of the rows of codes, and of the inputs
     v            latent                  [out, n/d, k]  a number for each bit of a code; its sign is the bit
 
 Limits: every nn.Linear except lm_head, with a number of inputs that 4 divides; no Conv1D, no experts fused into one
-tensor. The second moments of all layers are in memory at once, 8 n^2 bytes each. There are no checkpoints, no mixed
-precision and no products with packed codes. The package has all of these, and checks and reports much more.
+tensor. The second moments of all layers are in memory at once, 8 n^2 bytes each, and rounding takes about twice as
+long as in the package (numpy searches faster). There are no checkpoints, no mixed precision and no products with packed
+codes. The package has all of these, and checks and reports much more.
 """
 
 from collections import abc, namedtuple
