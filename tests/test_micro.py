@@ -138,10 +138,14 @@ def test_training_moves_every_parameter_as_the_package_does(tiny_llama):
     micro.quantize(ours, batches)
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
     package = as_package(ours)
+    theirs = dict(package.named_parameters())
+    for model in (ours, package):
+        model(input_ids=batches[0]).logits.square().mean().backward()
+    for name, p in ours.named_parameters():
+        assert 0 < p.grad.norm() and (p.grad - theirs[name].grad.view_as(p)).norm() < 1e-3 * p.grad.norm(), name
     losses = micro.train(ours, cycle(batches), 8, teacher)
     rows = package_train(package, cycle(batches), TrainConfig(8, log_every=1), teacher)
     assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-4)
-    theirs = dict(package.named_parameters())
     for name, p in ours.named_parameters():
         moved, apart = (p - start[name]).abs().mean(), (p - theirs[name].view_as(p)).abs().mean()
         assert moved > 0 and apart < 0.01 * moved, name
