@@ -4,7 +4,7 @@
 
 The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, inputs, layers,
 linear, convert, checkpoint, distillation, train, evaluate) needs torch and the standard library alone; a checkpoint
-wants safetensors, a progress bar tqdm. With numpy, rounding is faster.
+wants safetensors, a progress bar tqdm. With numpy, rounding is faster. micro is the method once more, in one file.
 """
 
 import importlib.util
