@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.packed, trust_remote_code=False)
     save_packed(load_packed(args.packed), args.out)
     tokenizer.save_pretrained(args.out)
-    readme = args.out / "README.md"
-    readme.write_text(CARD.format(readme=readme.read_text(encoding="utf-8"), version=__version__, **vars(args)),
-                      encoding="utf-8")
+    file = args.out / "README.md"
+    readme = file.read_text(encoding="utf-8").replace('"this folder"', f'"{args.repo}"')
+    file.write_text(CARD.format(readme=readme, version=__version__, **vars(args)), encoding="utf-8")
     print(f"ready for the hub: {args.out}")
     if args.push:
         api.create_repo(args.repo, private=True, exist_ok=True)

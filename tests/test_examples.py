@@ -141,7 +141,8 @@ def test_a_folder_for_the_hub(packed, tmp_path, monkeypatch, push):
     _, header, text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     card = yaml.safe_load(header)
     assert (card["license"], card["base_model"]) == ("apache-2.0", "you/yours")
-    assert "import lcqat_min.hf" in text and "codebooks" in text and "`you/yours`" in text
+    for part in ("import lcqat_min.hf", '.from_pretrained("me/mine")', "codebooks", "`you/yours`"):
+        assert part in text
     assert torch.equal(logits(load_packed(tmp_path / "out")), logits(load_packed(packed)))
     assert tokenizer(tmp_path / "out").get_vocab() == tokenizer(packed).get_vocab()
     assert not (tmp_path / "out" / "notes.txt").exists()
