@@ -55,7 +55,7 @@ coverage: $(READY)  ## run the unit tests and list the lines that none of them r
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 
-anywhere: $(READY)  ## run the tests as on other machines: instruction sets, threads, text, versions (hours)
+anywhere: $(READY)  ## run the tests as on other machines: instruction sets, threads, text, versions (an hour)
 	$(PY) scripts/anywhere.py $(ARGS)
 
 bench: $(READY)  ## measure what training costs on this CPU, in ratios
