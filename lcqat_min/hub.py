@@ -91,7 +91,8 @@ def _why(name: str | Path, error: Exception) -> str:
         return f"cannot load a model from the folder {path}: {reason}. Give a folder that save_pretrained wrote."
     return (
         f"cannot load {str(name)!r}: it is no folder, and not on the hub, or there is no network and it is not in the "
-        f"cache ({_first_line(error)}). Check the name; the bundled model is lcqat_min.hub.BUNDLED, for which --model is left out."
+        f"cache ({_first_line(error)}). Check the name; the bundled model is lcqat_min.hub.BUNDLED, for which --model "
+        "is left out."
     )
 
 
