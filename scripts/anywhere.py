@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "runs" / "anywhere"
@@ -52,18 +53,14 @@ def other_text() -> tuple[str, dict[str, str]]:
     """A cache that holds the offline text of a machine without two of the packages, under the name of this one's."""
     from transformers import AutoTokenizer
 
-    from lcqat_min import docstrings, text
+    from lcqat_min import cache, docstrings, text
     from lcqat_min.hub import BUNDLED
 
     tokenizer = AutoTokenizer.from_pretrained(str(BUNDLED))
-    everything, fingerprint = docstrings.PACKAGES, text._fingerprint
-    name = fingerprint("docstrings", tokenizer)
-    docstrings.PACKAGES = tuple(package for package in everything if package not in LEFT_OUT)
-    text._fingerprint = lambda *arguments: name
-    try:
+    name = cache.fingerprint("docstrings", tokenizer)
+    rest = tuple(package for package in docstrings.PACKAGES if package not in LEFT_OUT)
+    with patch.object(docstrings, "PACKAGES", rest), patch.object(cache, "fingerprint", lambda *_: name):
         text.load_text("docstrings", tokenizer, cache_dir=LOGS / "other-text")
-    finally:
-        docstrings.PACKAGES, text._fingerprint = everything, fingerprint
     return sys.executable, {"LCQAT_CACHE": str(LOGS / "other-text")}
 
 

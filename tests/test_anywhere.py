@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from lcqat_min import docstrings, text
+from lcqat_min.hub import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMS = """
@@ -38,6 +42,17 @@ def test_sums_come_in_an_order_that_depends_on_the_shape():
     program = SUMS.format(scripts=str(ROOT / "scripts"))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_other_text_lies_where_that_of_this_machine_is_looked_for(anywhere, monkeypatch):
+    pages = [f"{i} " + "a page that is long enough to be a text " * 4 for i in range(2000)]
+    monkeypatch.setattr(text, "docstrings", lambda quiet: pages if "sympy" in docstrings.PACKAGES else pages[:1500])
+    tokenizer = AutoTokenizer.from_pretrained(str(BUNDLED))
+    own = text.load_text("docstrings", tokenizer, cache_dir=anywhere.LOGS / "own")
+    python, environment = anywhere.other_text()
+    other = text.load_text("docstrings", tokenizer, cache_dir=Path(environment["LCQAT_CACHE"]))
+    assert python == sys.executable and len(other.train) < 0.9 * len(own.train)
+    assert text.load_text("docstrings", tokenizer, cache_dir=anywhere.LOGS / "own").digest == own.digest
 
 
 def test_each_commit_chooses_one_processor(anywhere, monkeypatch):
