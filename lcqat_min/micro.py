@@ -2,7 +2,7 @@
 
     teacher = copy.deepcopy(model)                # Llama-like: model(input_ids=x, use_cache=False).logits
     quantize(model, calibration_batches, seed=0)  # in place; a batch holds token ids [batch, T], without padding
-    train(model, training_batches, 60, teacher)   # then safetensors.torch.save_file(pack(model), FILE)
+    train(model, training_batches, 60, teacher)   # then pack(model): what to save, by safetensors
 
 Four weights become one byte. Its eight bits are the digits q of a small formula, w_hat = A q + b, with a gradient to
 A and b and, by a surrogate, to q. This is what QuantConfig() and TrainConfig(steps) of the package do, with the same
