@@ -1,6 +1,6 @@
 """Quantize, train and save a language model of your own: the whole recipe, from a name to a small folder.
 
-    python examples/own_model.py Qwen/Qwen3-0.6B notes.txt my-2-bit-model --device cuda
+python examples/own_model.py Qwen/Qwen3-0.6B notes.txt my-2-bit-model --device cuda
 """
 
 import argparse

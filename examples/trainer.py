@@ -29,16 +29,26 @@ WINDOW = 256  # tokens that the model reads at once
 class DistillationTrainer(Trainer):
     """A Trainer whose loss is KL(teacher || model), nats per token, over input_ids [B, T]."""
 
-    def __init__(self, model: torch.nn.Module, teacher: torch.nn.Module, windows: torch.Tensor,
-                 arguments: TrainingArguments, **rates: float):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        teacher: torch.nn.Module,
+        windows: torch.Tensor,
+        arguments: TrainingArguments,
+        **rates: float,
+    ):
         """windows: token ids [N, T]. arguments: with max_steps. rates: those of TrainConfig, in its units.
 
         Raises as TrainConfig and parameter_groups do: for no steps, and for a model that is not in fp32.
         """
         config = TrainConfig(arguments.max_steps, **rates)
         optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.95), weight_decay=0.0)
-        super().__init__(model, arguments, train_dataset=[{"input_ids": window} for window in windows],
-                         optimizers=(optimizer, LambdaLR(optimizer, config.rate)))
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=[{"input_ids": window} for window in windows],
+            optimizers=(optimizer, LambdaLR(optimizer, config.rate)),
+        )
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, **others):
@@ -67,8 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32, trust_remote_code=False)
     text = load_text(args.text, tokenizer, model=model)
 
-    arguments = TrainingArguments(output_dir=args.out.parent, max_steps=args.steps, per_device_train_batch_size=4,
-                                  logging_steps=10, save_strategy="no", report_to="none")  # writes no files
+    arguments = TrainingArguments(
+        output_dir=args.out.parent,
+        max_steps=args.steps,
+        per_device_train_batch_size=4,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+    )  # writes no files
     trainer = DistillationTrainer(model, teacher, windows(text.train, WINDOW), arguments)
     judged = text.test[:16_384]
     before = kl_to(teacher, model, judged, WINDOW)

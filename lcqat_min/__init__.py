@@ -12,8 +12,11 @@ import os
 import sys
 
 if importlib.util.find_spec("torch") is None:  # with `name`, `python -m lcqat_min` says this in one line
-    raise ModuleNotFoundError(f"lcqat_min needs torch, which {sys.executable} does not have. Set up .venv as README.md "
-                              "says and use the Python in there.", name=__name__)
+    raise ModuleNotFoundError(
+        f"lcqat_min needs torch, which {sys.executable} does not have. Set up .venv as README.md "
+        "says and use the Python in there.",
+        name=__name__,
+    )
 
 # Read once, when torch loads OpenMP: threads that wait for each other then sleep. By default they spin, and beside one
 # other busy process a training step takes many times as long. What is set already stays as it is.

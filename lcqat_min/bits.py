@@ -27,8 +27,16 @@ from .linear import QuantLinear, StepLinear
 from .packed import Form, PackedLinear
 from .storage import forms_of
 
-PART_OF = {"weight": "codes", "A": "codebooks", "b": "codebooks", "table": "codebooks",
-           "row_scale": "scales", "col_scale": "scales", "signs_in": "signs", "signs_out": "signs"}
+PART_OF = {
+    "weight": "codes",
+    "A": "codebooks",
+    "b": "codebooks",
+    "table": "codebooks",
+    "row_scale": "scales",
+    "col_scale": "scales",
+    "signs_in": "signs",
+    "signs_out": "signs",
+}
 QUANTIZED = ("codes", "codebooks", "scales", "signs")
 
 
@@ -91,8 +99,11 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
             parts[part] += 8 * p.numel() * (dtype if dtype and p.is_floating_point() else p.dtype).itemsize
             parameters += p.numel()
     kept = model.state_dict().keys()
-    parts["other"] += sum(8 * buffer.nbytes for name, buffer in model.named_buffers()
-                          if name in kept and name.rpartition(".")[0] not in forms)
+    parts["other"] += sum(
+        8 * buffer.nbytes
+        for name, buffer in model.named_buffers()
+        if name in kept and name.rpartition(".")[0] not in forms
+    )
     return Bits(parts, weights or sum(linear.values()), parameters)
 
 
@@ -122,8 +133,9 @@ class CodeStats:
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
     """Codes of every quantized layer, by name, int64 [out, vectors]: a snapshot to compare with later."""
-    return {name: layer.codes() for name, layer in model.named_modules()
-            if isinstance(layer, (QuantLinear, PackedLinear))}
+    return {
+        name: layer.codes() for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, PackedLinear))
+    }
 
 
 @torch.no_grad()
@@ -134,10 +146,13 @@ def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dic
     """
     codes = codes_of(model)
     if before is not None and _shapes(before) != _shapes(codes):
-        raise ValueError("`before` has other layers or shapes than the model: "
-                         "give what codes_of returned for the same model")
-    return {name: _stats(model.get_submodule(name), form, codes[name], before and before[name])
-            for name, form in forms_of(model).items()}
+        raise ValueError(
+            "`before` has other layers or shapes than the model: give what codes_of returned for the same model"
+        )
+    return {
+        name: _stats(model.get_submodule(name), form, codes[name], before and before[name])
+        for name, form in forms_of(model).items()
+    }
 
 
 def _shapes(codes: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -79,5 +79,8 @@ def _write(path: Path, ids: dict[str, LongTensor]) -> None:
 
 
 def _note_not_kept(why: object) -> None:
-    print(f"note: cannot keep the text ({why}), so it will be built anew each time; set LCQAT_CACHE to a folder that "
-          "can be written", file=sys.stderr)
+    print(
+        f"note: cannot keep the text ({why}), so it will be built anew each time; set LCQAT_CACHE to a folder that "
+        "can be written",
+        file=sys.stderr,
+    )

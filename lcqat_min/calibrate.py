@@ -45,9 +45,7 @@ class Factor:
 
 
 @torch.inference_mode(False)  # else the moments could not be used outside
-def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]
-) -> dict[str, Moments]:
+def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Moments]:
     """Run token batches [B, T] without padding through the model; return the second moments of each layer's inputs.
 
     Layers that are fed the same tensor (query, key and value, say) share the product; a layer that no input reaches,
@@ -96,8 +94,9 @@ def factorize(H: Tensor, damping: float = 0.01) -> Factor:
     """
     H = H.double()
     if not torch.isfinite(H.float()).all():
-        raise ValueError("second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and "
-                         "the weights")
+        raise ValueError(
+            "second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and the weights"
+        )
     dead = H.diagonal() <= 0
     mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
     while True:

@@ -37,8 +37,10 @@ def check_writable() -> None:
     try:
         import safetensors.torch  # noqa: F401
     except ImportError as error:
-        raise ImportError("a checkpoint needs safetensors, which this Python lacks: `pip install safetensors`, or "
-                          "train without a checkpoint") from error
+        raise ImportError(
+            "a checkpoint needs safetensors, which this Python lacks: `pip install safetensors`, or "
+            "train without a checkpoint"
+        ) from error
 
 
 class Run:
@@ -49,9 +51,12 @@ class Run:
         self.config, self.settings = config, json.dumps(asdict(config) | {"loss": loss})
         self.groups = list(optimizer.param_groups)
         self.start = {g["name"]: g["params"][0].detach().clone() for g in self.groups}
-        self.fixed = {f"{name}.{key}": tensor.detach() for name, layer in quant_layers(model)
-                      for key, tensor in (*layer.named_buffers(), *layer.named_parameters())
-                      if not tensor.requires_grad}  # signs, frozen codebooks
+        self.fixed = {
+            f"{name}.{key}": tensor.detach()
+            for name, layer in quant_layers(model)
+            for key, tensor in (*layer.named_buffers(), *layer.named_parameters())
+            if not tensor.requires_grad
+        }  # signs, frozen codebooks
         self.start_codes = self._codes()
 
     def _codes(self) -> dict[str, Tensor]:
@@ -70,6 +75,7 @@ class Run:
 
     def gradient_norms(self) -> dict[str, float]:
         """grad_<kind>: joint norm of the gradients of each kind of parameter, before clipping."""
+
         def square(group: dict) -> tuple[float, int]:
             grad = group["params"][0].grad
             return (0.0, 1) if grad is None else (grad.float().square().sum().item(), grad.numel())
@@ -87,9 +93,15 @@ class Run:
         codes = self._codes()
         count = sum(c.numel() for c in codes.values())
         flips = sum((codes[name] != start).sum().item() for name, start in self.start_codes.items())
-        return {"step": step + 1, "tokens": tokens, "loss": sum(losses) / len(losses),
-                "rate": self.config.rate(step), "flips": flips / max(count, 1), **grads,
-                **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)}}
+        return {
+            "step": step + 1,
+            "tokens": tokens,
+            "loss": sum(losses) / len(losses),
+            "rate": self.config.rate(step),
+            "flips": flips / max(count, 1),
+            **grads,
+            **{f"moved_{kind}": rms for kind, rms in self._by_kind(square, mean=True)},
+        }
 
     def save(self, path: Path, step: int, tokens: int, history: list[dict], losses: list[float]) -> None:
         """Write all that `load` gives back: steps done, tokens seen, losses since the last row of the history."""
@@ -97,8 +109,11 @@ class Run:
         for group in self.groups:
             parameter, name = group["params"][0], group["name"]
             state = self.optimizer.state[parameter]
-            tensors |= {f"now.{name}": parameter.detach(), f"start.{name}": self.start[name],
-                        **{f"adam.{key}.{name}": value for key, value in state.items()}}
+            tensors |= {
+                f"now.{name}": parameter.detach(),
+                f"start.{name}": self.start[name],
+                **{f"adam.{key}.{name}": value for key, value in state.items()},
+            }
         meta = {"step": step, "tokens": tokens, "history": history, "losses": losses}
         save_tensors(tensors, path, {"settings": self.settings, **{key: json.dumps(meta[key]) for key in meta}})
 
@@ -124,24 +139,32 @@ class Run:
             for group in self.groups:
                 parameter, name = group["params"][0], group["name"]
                 parameter.copy_(tensors[f"now.{name}"])
-                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                         if f"adam.{key}.{name}" in tensors}
-                self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
-                                                   for key, value in state.items()}
+                state = {
+                    key: tensors[f"adam.{key}.{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adam.{key}.{name}" in tensors
+                }
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
         return tuple(json.loads(meta[key]) for key in ("step", "tokens", "history", "losses"))
 
     def _check(self, path: Path, meta: dict[str, str], tensors: dict[str, Tensor]) -> None:
         saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
         ours = {group["name"]: group["params"][0].shape for group in self.groups}
         if meta.get("settings") != self.settings or "tokens" not in meta or saved != ours:
-            raise ValueError(f"{path} is the checkpoint of another run (other config, loss or model): delete it to "
-                             "start afresh, or run with the settings it was made with")
+            raise ValueError(
+                f"{path} is the checkpoint of another run (other config, loss or model): delete it to "
+                "start afresh, or run with the settings it was made with"
+            )
         begun = {f"start.{name}": start for name, start in self.start.items()}
         begun |= {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
         for name, ours in begun.items():
             if name not in tensors or not _alike(tensors[name], ours.cpu()):
-                raise ValueError(f"{path} started from another model ({name.partition('.')[2]!r} differs): quantize "
-                                 "again as for that run, or delete the file to start afresh")
+                raise ValueError(
+                    f"{path} started from another model ({name.partition('.')[2]!r} differs): quantize "
+                    "again as for that run, or delete the file to start afresh"
+                )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -159,5 +182,7 @@ def agree(done: int) -> None:
     found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, done)
     if len(set(found)) > 1:
-        raise ValueError(f"the processes resume after {found} steps: keep the checkpoint where all of them can "
-                         "read it, or delete it to start afresh")
+        raise ValueError(
+            f"the processes resume after {found} steps: keep the checkpoint where all of them can "
+            "read it, or delete it to start afresh"
+        )

@@ -173,10 +173,7 @@ def common(verb: argparse.ArgumentParser, model: bool = True) -> None:
     """Options that several verbs share."""
     if model:
         verb.add_argument(
-            "--model",
-            type=name,
-            metavar="NAME",
-            help="a Hugging Face name or a folder (default: the bundled model)",
+            "--model", type=name, metavar="NAME", help="a Hugging Face name or a folder (default: the bundled model)"
         )
     verb.add_argument(
         "--text",

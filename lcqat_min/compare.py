@@ -197,8 +197,10 @@ def fitting(budget: Budget, model: nn.Module, text: Splits) -> Budget:
     """
     window = min(budget.window, longest_window(model) or budget.window)
     if len(text.train) < window * budget.batch:
-        raise ValueError(f"the text {text.source!r} has {len(text.train)} training tokens, and one step takes "
-                         f"{window * budget.batch}: give a longer text")
+        raise ValueError(
+            f"the text {text.source!r} has {len(text.train)} training tokens, and one step takes "
+            f"{window * budget.batch}: give a longer text"
+        )
     calibration, judged = min(budget.calibration_tokens, len(text.train)), min(budget.eval_tokens, len(text.test))
     return replace(budget, window=window, calibration_tokens=calibration, eval_tokens=judged)
 

@@ -56,8 +56,9 @@ class LayerReport:
 
 
 @torch.inference_mode(False)  # else the new layers could not be trained
-def quantize(model: nn.Module, batches: Iterable[Batch], config: QuantConfig,
-             progress: Callable[[Iterable], Iterable] = iter) -> list[LayerReport]:
+def quantize(
+    model: nn.Module, batches: Iterable[Batch], config: QuantConfig, progress: Callable[[Iterable], Iterable] = iter
+) -> list[LayerReport]:
     """Quantize `model` in place from calibration batches of token ids [B, T]; one report a layer.
 
     Nothing is swapped before all layers are rounded, so an error leaves the model as it was. Afterwards save it
@@ -74,14 +75,21 @@ def quantize(model: nn.Module, batches: Iterable[Batch], config: QuantConfig,
         layers = {name: layer for name, layer in layers.items() if name not in left}
     _say_what_is_left(left)
     if not layers:
-        raise ValueError(f"no linear layer to quantize: found none outside skip = {config.skip}"
-                         + ("; this model is quantized already" if _is_quantized(model) else ""))
+        raise ValueError(
+            f"no linear layer to quantize: found none outside skip = {config.skip}"
+            + ("; this model is quantized already" if _is_quantized(model) else "")
+        )
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
         return _quantize(model, layers, texts, config, progress)
 
 
-def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor], config: QuantConfig,
-              progress: Callable[[Iterable], Iterable]) -> list[LayerReport]:
+def _quantize(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: list[Tensor],
+    config: QuantConfig,
+    progress: Callable[[Iterable], Iterable],
+) -> list[LayerReport]:
     generator = torch.Generator().manual_seed(config.seed)
     plan = {name: _signs(layer, config.rotate, generator) for name, layer in layers.items()}
     table = None
@@ -97,8 +105,10 @@ def _quantize(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tens
         rounded = round_layer(W, factor, table, config)
         made[name] = _layer(layer, replace(rounded, scale=rounded.scale * unit), plan[name], table, config)
         if not torch.isfinite(made[name].weight).all():
-            raise ValueError(f"the weight of {name!r} reaches {layer.weight.abs().max():.3g}: once rounded, it is more "
-                             "than fp32 holds. Load or train the model again, or name the layer in QuantConfig.skip")
+            raise ValueError(
+                f"the weight of {name!r} reaches {layer.weight.abs().max():.3g}: once rounded, it is more "
+                "than fp32 holds. Load or train the model again, or name the layer in QuantConfig.skip"
+            )
         total = ((W @ factor.H) * W).sum().item()
         share = rounded.loss.sum().item() / total if total > 0 else 0.0
         dead = int((moments.H.diagonal() == 0).sum())  # factor.dead is of rotated, padded inputs
@@ -155,8 +165,10 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     check_model(model)
     texts = [text for batch in batches for text in without_padding(*read_batch(batch, model, "calibration"))]
     if not (texts := [text for text in texts if text.numel()]):
-        raise ValueError("there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
-                         "gives its batches only once)")
+        raise ValueError(
+            "there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
+            "gives its batches only once)"
+        )
     return texts
 
 
@@ -184,8 +196,9 @@ def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
     return fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)
 
 
-def _layer(old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None,
-           config: QuantConfig) -> QuantLinear:
+def _layer(
+    old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None, config: QuantConfig
+) -> QuantLinear:
     rows, columns = shape_of(old)
     common = (columns, rows, rounded, old.bias, *signs)
     if config.codebook == "table":
@@ -199,8 +212,12 @@ def _moments(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tenso
     """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
     found = second_moments(model, layers, batches)
     if missing := [name for name in layers if name not in found]:
-        warnings.warn(f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
-                      "text, or name them in QuantConfig.skip", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
+            "text, or name them in QuantConfig.skip",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     for name, layer in layers.items():
         if name not in found:
             eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)

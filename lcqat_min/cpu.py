@@ -100,8 +100,12 @@ def attempt(call: Callable[..., Tensor], *arguments) -> Tensor | None:
     except Exception as error:
         _failed.add(call.__name__)
         remedy = ", or `pip install triton`" if isinstance(error, ImportError) else ""
-        warnings.warn(f"{call.__name__} failed; plain torch takes its place. Nothing to do but wait longer{remedy}. "
-                      f"Cause: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{call.__name__} failed; plain torch takes its place. Nothing to do but wait longer{remedy}. "
+            f"Cause: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 

@@ -20,9 +20,11 @@ KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
     if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError("student and teacher differ in vocabulary: "
-                         f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
-                         "from before quantization.")
+        raise ValueError(
+            "student and teacher differ in vocabulary: "
+            f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
+            "from before quantization."
+        )
     return _TeacherKL.apply(student.flatten(0, -2), teacher.flatten(0, -2))
 
 

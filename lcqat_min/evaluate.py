@@ -66,7 +66,11 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, ids: Tensor, window: int = 256, stride: int | None = None, bos: int | None = None,
+    model: nn.Module,
+    ids: Tensor,
+    window: int = 256,
+    stride: int | None = None,
+    bos: int | None = None,
     batch_size: int = 8,
 ) -> Perplexity:
     """Perplexity of a causal language model on a text.
@@ -133,8 +137,7 @@ def perplexity_and_kl(
     return Perplexity(value, nll, tokens, window, window, None), kl / positions
 
 
-def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int,
-           *models: nn.Module) -> None:
+def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int, *models: nn.Module) -> None:
     if ids.dim() != 1 or ids.is_floating_point():
         raise ValueError(f"ids must be integers of shape [T], got {ids.dtype} of shape {list(ids.shape)}")
     if window < shortest_window:
@@ -153,9 +156,7 @@ def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_wind
         check_tokens(ids, model, "the text")
 
 
-def _window_batches(
-    ids: Tensor, window: int, stride: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _window_batches(ids: Tensor, window: int, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of windows [batch, window] with, for each, how many of its last tokens are new [batch, 1]."""
     begins = torch.arange(0, len(ids) - window + 1, stride)
     if stride < window and begins[-1] + window < len(ids):

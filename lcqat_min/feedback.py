@@ -133,8 +133,9 @@ def round_matrix(
     return best
 
 
-def _with_loss(W: Tensor, H: Tensor, codebook: Codebook, words: Tensor, index: Tensor, scale: Tensor,
-               target: Tensor) -> Rounded:
+def _with_loss(
+    W: Tensor, H: Tensor, codebook: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
+) -> Rounded:
     loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, H)
     return Rounded(codebook, index, scale, target, loss)
 

@@ -143,8 +143,10 @@ def _planes(x: Tensor, row_bytes: int, book: AffineCodebook) -> tuple[Tensor, Te
 
 def _sum_of_planes(planes: Tensor, constant: Tensor, codes: Tensor) -> Tensor:
     wide = codes.int()  # widened once, not for each plane; and a sum for each plane, so that none waits for another
-    terms = (((wide & mask).float() * plane.unsqueeze(-2)).sum(-1)
-             for mask, plane in zip(_masks(len(planes)), planes, strict=True))
+    terms = (
+        ((wide & mask).float() * plane.unsqueeze(-2)).sum(-1)
+        for mask, plane in zip(_masks(len(planes)), planes, strict=True)
+    )
     return sum(terms) + constant[:, None]
 
 
@@ -168,8 +170,9 @@ def _masks(planes: int, signed: bool = False) -> list[int]:
 def _factors(planes: int, signed: bool, device: torch.device) -> Tensor:
     """fp32 [planes, parts]: alpha 2^-s where a part belongs to that digit, else 0."""
     alpha = 1.0 if planes == 4 else 2.0
-    factors = [[alpha / (mask & -mask) if mask & part else 0.0 for part in _masks(planes, signed)]
-               for mask in _masks(planes)]
+    factors = [
+        [alpha / (mask & -mask) if mask & part else 0.0 for part in _masks(planes, signed)] for mask in _masks(planes)
+    ]
     factors[0][0] *= -1 if signed else 1
     return torch.tensor(factors, dtype=torch.float32, device=device)  # whatever the default dtype is
 

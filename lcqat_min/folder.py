@@ -29,8 +29,13 @@ INDEX = f"{WEIGHTS}.index.json"  # says which of several files holds which tenso
 SHARD = "5GB"  # of tensors in a file; more are written as several files
 SAVING, BEFORE, MOVED = ".saving", ".before-save", ".moved-out"
 TITLE = "# A model packed by lcqat-min"
-PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-             "chat_template.json", "chat_template.jinja")
+PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 def write_folder(
@@ -43,8 +48,12 @@ def write_folder(
     """
     folder = folder.expanduser().resolve()
     is_model = (folder / "config.json").is_file() or (folder / BEFORE).is_dir()
-    if folder.is_file() or folder.is_dir() and not is_model and any(
-            not file.name.startswith(SAVING) for file in folder.iterdir()):
+    if (
+        folder.is_file()
+        or folder.is_dir()
+        and not is_model
+        and any(not file.name.startswith(SAVING) for file in folder.iterdir())
+    ):
         raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
     is_new = not folder.exists()
     try:
@@ -83,8 +92,11 @@ def _write_description(model: nn.Module, part: Path, dtype: torch.dtype) -> None
             type(settings).from_pretrained(part)
         except Exception as error:  # of whatever kind: with this file the model would not load
             (part / "generation_config.json").unlink(missing_ok=True)
-            warnings.warn(f"model.generation_config is not saved, as it could not be read again ({error}): mend it and "
-                          "call its save_pretrained", stacklevel=2)
+            warnings.warn(
+                f"model.generation_config is not saved, as it could not be read again ({error}): mend it and "
+                "call its save_pretrained",
+                stacklevel=2,
+            )
 
 
 def _copy_processor(model: nn.Module, part: Path, folder: Path) -> None:
@@ -109,8 +121,9 @@ def _write_tensors(tensors: dict[str, Tensor], part: Path) -> None:
     """Write one file, or several and their index where it would exceed SHARD; on the CPU is one at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=SHARD)
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
+    )
     for name, keys in split.filename_to_tensors.items():
         save_tensors({key: tensors[key] for key in keys}, part / name, {"format": "pt"})
     if split.is_sharded:

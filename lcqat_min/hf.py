@@ -67,8 +67,10 @@ class PackedQuantizer(HfQuantizer):
         vars(model).pop("num_parameters", None)
 
     def _dequantize(self, model: nn.Module, **kwargs: object) -> nn.Module:
-        raise NotImplementedError("a packed model is not unpacked in place: lcqat_min.pack.export_dense(model, folder) "
-                                  "writes plain weights, load_packed(folder, trainable=True) gives layers to train")
+        raise NotImplementedError(
+            "a packed model is not unpacked in place: lcqat_min.pack.export_dense(model, folder) "
+            "writes plain weights, load_packed(folder, trainable=True) gives layers to train"
+        )
 
     def is_serializable(self) -> bool:
         get_logger(__name__).warning("a packed model is saved by lcqat_min.pack.save_packed(model, folder)")
@@ -83,7 +85,8 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
     """What transformers counts, and the packed weights, which are buffers."""
     packed = (layer for layer in model.modules() if isinstance(layer, PackedLinear) and not only_trainable)
     return type(model).num_parameters(model, only_trainable, exclude_embeddings) + sum(
-        layer.in_features * layer.out_features for layer in packed)
+        layer.in_features * layer.out_features for layer in packed
+    )
 
 
 def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
@@ -92,6 +95,8 @@ def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
     has = {name for name, _ in model.named_modules()}
     names = {name: own for name in forms for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
     if not names or any(form.owner and form.owner not in names for name, form in forms.items() if name in names):
-        raise ValueError(f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
-                         "with the class that config.json names under `architectures`")
+        raise ValueError(
+            f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
+            "with the class that config.json names under `architectures`"
+        )
     return {own: replace(forms[name], owner=names.get(forms[name].owner, "")) for name, own in names.items()}

@@ -60,8 +60,10 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         raise ValueError(_why(name, error)) from error
     words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if words < rows / 10:  # transformers makes up an empty tokenizer where the files are missing
-        raise ValueError(f"the tokenizer of {name} knows {words} tokens, the model {rows}: its files are missing. "
-                         "tokenizer.save_pretrained puts them beside the model")
+        raise ValueError(
+            f"the tokenizer of {name} knows {words} tokens, the model {rows}: its files are missing. "
+            "tokenizer.save_pretrained puts them beside the model"
+        )
     return model.to(device).eval(), tokenizer
 
 

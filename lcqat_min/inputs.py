@@ -75,8 +75,10 @@ def check_model(model: nn.Module) -> None:
         return
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     if missing := [name for name in ("input_ids", "use_cache") if name not in taken and not anything]:
-        raise ValueError(f"the forward of {type(model).__name__} takes {', '.join(taken) or 'nothing'}, not "
-                         f"{' and '.join(missing)}: wrap it in a module that is called as {CALL}")
+        raise ValueError(
+            f"the forward of {type(model).__name__} takes {', '.join(taken) or 'nothing'}, not "
+            f"{' and '.join(missing)}: wrap it in a module that is called as {CALL}"
+        )
 
 
 def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tensor | None]:
@@ -88,16 +90,20 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
-        raise ValueError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for one tensor of "
-                         'windows [n, T] that is windows.split(8), from a tokenizer return_tensors="pt"')
+        raise ValueError(
+            f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for one tensor of "
+            'windows [n, T] that is windows.split(8), from a tokenizer return_tensors="pt"'
+        )
     check_tokens(ids, model, f"a {what} batch")
     if mask is None:
         _warn_of_padding(ids, model, what)
         return ids, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape or ids.numel() and not mask.any():
         got = f"{list(mask.shape)}, {int(mask.sum())} of it text" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"the attention_mask of a {what} batch {list(ids.shape)} is {got}: it must have that shape, "
-                         "1 for text and 0 for padding, and some text")
+        raise ValueError(
+            f"the attention_mask of a {what} batch {list(ids.shape)} is {got}: it must have that shape, "
+            "1 for text and 0 for padding, and some text"
+        )
     return ids, None if mask.all() else mask.bool()
 
 
@@ -105,8 +111,10 @@ def check_tokens(ids: Tensor, model: nn.Module, what: str) -> None:
     """ValueError for tokens that the model does not have."""
     words = vocabulary(model)
     if words and ids.numel() and not 0 <= ids.min() <= ids.max() < words:
-        raise ValueError(f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {words - 1}: "
-                         "encode the text with this model's own tokenizer")
+        raise ValueError(
+            f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {words - 1}: "
+            "encode the text with this model's own tokenizer"
+        )
 
 
 def without_padding(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -133,8 +141,10 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}, no logits"
-        raise ValueError(f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}. Load it with its head "
-                         f"(AutoModelForCausalLM), or wrap it in a module that is called as {CALL}")
+        raise ValueError(
+            f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}. Load it with its head "
+            f"(AutoModelForCausalLM), or wrap it in a module that is called as {CALL}"
+        )
     return logits
 
 
@@ -157,5 +167,9 @@ def _warn_of_padding(ids: Tensor, model: nn.Module, what: str) -> None:
         return
     padding = ids == pad
     if (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
-        warnings.warn(f"a {what} batch has rows that begin or end with the padding token {pad}, which would count as "
-                      "text: give what the tokenizer returns, with its attention_mask", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"a {what} batch has rows that begin or end with the padding token {pad}, which would count as "
+            "text: give what the tokenizer returns, with its attention_mask",
+            RuntimeWarning,
+            stacklevel=3,
+        )

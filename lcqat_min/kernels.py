@@ -53,9 +53,17 @@ DECODE_BYTES = 2048  # bytes of a row decoded in one step, at most
 triton = tl = None  # imported by _jit
 
 
-def packed_linear(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor, bias: Tensor | None = None,
-                  col_scale: Tensor | None = None, signs_in: Tensor | None = None, signs_out: Tensor | None = None,
-                  compiled: bool = False) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    book: Codebook,
+    row_scale: Tensor,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    signs_in: Tensor | None = None,
+    signs_out: Tensor | None = None,
+    compiled: bool = False,
+) -> Tensor:
     """y = s_out * H_out (r * D (H_in (s_in * c * x))) + bias, with D = decode(codes) and the parts of linear.py.
 
     x [..., in] floating; codes uint8 [out, bytes] as in packed.py; row_scale [out], the rest [in] or [out], fp32.
@@ -112,17 +120,45 @@ def launch_fused(h: Tensor, codes: Tensor, book: AffineCodebook, limbs: int) -> 
     digits = h.new_empty((8 // width, columns, blocks * TILE_BYTES), dtype=torch.int8)
     scale, constant = h.new_empty((2, columns, blocks)).unbind()
     with torch.cuda.device_of(h):  # Triton launches on the current device
-        _jit(fold_kernel)[tokens, blocks](h.contiguous(), book.A.contiguous(), book.b.contiguous(), digits, scale,
-                                          constant, inputs, tokens, blocks, D=book.dim, K=book.A.shape[1],
-                                          WIDTH=width, LIMBS=limbs, BYTES=TILE_BYTES)
+        _jit(fold_kernel)[tokens, blocks](
+            h.contiguous(),
+            book.A.contiguous(),
+            book.b.contiguous(),
+            digits,
+            scale,
+            constant,
+            inputs,
+            tokens,
+            blocks,
+            D=book.dim,
+            K=book.A.shape[1],
+            WIDTH=width,
+            LIMBS=limbs,
+            BYTES=TILE_BYTES,
+        )
     tiles = -(-rows // TILE_ROWS)
     each = -(-blocks // max(1, min(blocks, PROGRAMS // tiles)))
     splits = -(-blocks // each)
     partial = h.new_empty((splits, columns, rows))
     with torch.cuda.device_of(h):
-        _jit(fused_kernel)[tiles, splits](codes.view(torch.int8), digits, scale, constant, partial, rows, row_bytes,
-                                          blocks, columns, each, WIDTH=width, COLUMNS=columns_of(columns),
-                                          ROWS=TILE_ROWS, BYTES=TILE_BYTES, num_warps=4, num_stages=3)
+        _jit(fused_kernel)[tiles, splits](
+            codes.view(torch.int8),
+            digits,
+            scale,
+            constant,
+            partial,
+            rows,
+            row_bytes,
+            blocks,
+            columns,
+            each,
+            WIDTH=width,
+            COLUMNS=columns_of(columns),
+            ROWS=TILE_ROWS,
+            BYTES=TILE_BYTES,
+            num_warps=4,
+            num_stages=3,
+        )
     return partial.view(-1, tokens, rows).sum(0)
 
 
@@ -137,13 +173,28 @@ def launch_dequantize(codes: Tensor, table: Tensor, row_scale: Tensor, columns: 
     weight = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     step = min(DECODE_BYTES, max(128, 1 << (row_bytes - 1).bit_length()))
     with torch.cuda.device_of(codes):
-        _jit(dequantize_kernel)[rows,](codes.contiguous(), table.contiguous(), row_scale.contiguous(), weight, columns,
-                                       row_bytes, BYTES=step)
+        _jit(dequantize_kernel)[rows,](
+            codes.contiguous(), table.contiguous(), row_scale.contiguous(), weight, columns, row_bytes, BYTES=step
+        )
     return weight
 
 
-def fold_kernel(x, A, b, digits, scale, constant, inputs, tokens, blocks, D: tl.constexpr, K: tl.constexpr,
-                WIDTH: tl.constexpr, LIMBS: tl.constexpr, BYTES: tl.constexpr):
+def fold_kernel(
+    x,
+    A,
+    b,
+    digits,
+    scale,
+    constant,
+    inputs,
+    tokens,
+    blocks,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LIMBS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """A^T x of one token for BYTES bytes of codes, as integers: one program a token and block.
 
     Digit j of a byte stands for q_j = alpha 2^-s v_j + beta_j with v_j = (byte ^ 128) & mask_j, an int8. The factor
@@ -178,8 +229,22 @@ def fold_kernel(x, A, b, digits, scale, constant, inputs, tokens, blocks, D: tl.
         rest, unit, total = (rest - whole) * 254.0, unit / 254.0, total * 0.0
 
 
-def fused_kernel(codes, digits, scale, constant, partial, rows, row_bytes, blocks, columns, each, WIDTH: tl.constexpr,
-                 COLUMNS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+def fused_kernel(
+    codes,
+    digits,
+    scale,
+    constant,
+    partial,
+    rows,
+    row_bytes,
+    blocks,
+    columns,
+    each,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """Products of ROWS rows of codes, `each` blocks of them, with all columns (limbs of tokens) of x.
 
     codes int8 [rows, row_bytes]; digits int8 [8 / WIDTH, columns, blocks * BYTES]; partial fp32 [splits, columns,
@@ -242,8 +307,10 @@ def _jit(kernel):
 
 def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"packed_linear: x is {x.dtype}. The model casts the inputs of this layer to weight.dtype, but "
-                        "the weight of a packed layer are its codes: name it in QuantConfig.skip and quantize again.")
+        raise TypeError(
+            f"packed_linear: x is {x.dtype}. The model casts the inputs of this layer to weight.dtype, but "
+            "the weight of a packed layer are its codes: name it in QuantConfig.skip and quantize again."
+        )
     row_bytes = -(-(-(-x.shape[-1] // book.dim) * book.bits) // 8)
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
         raise ValueError(
@@ -251,8 +318,10 @@ def _check(x: Tensor, codes: Tensor, book: Codebook, row_scale: Tensor) -> None:
             f"{book.dim} at {book.bits} bits want uint8 [out, {row_bytes}]. Pack them with packed.pack_bits."
         )
     if row_scale.shape != codes.shape[:1]:
-        raise ValueError(f"packed_linear: row_scale has shape {list(row_scale.shape)}; "
-                         f"want [{codes.shape[0]}], one number a row of codes")
+        raise ValueError(
+            f"packed_linear: row_scale has shape {list(row_scale.shape)}; "
+            f"want [{codes.shape[0]}], one number a row of codes"
+        )
     places = {"x": x.device, "codes": codes.device, "row_scale": row_scale.device, "codebook": cpu.device_of(book)}
     if len(set(places.values())) > 1:
         found = ", ".join(f"{name} on {place}" for name, place in places.items())

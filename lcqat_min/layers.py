@@ -52,7 +52,8 @@ def _all_linear(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, 
         is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         # Subclasses that compute something else (routers, adapters) stay; Falcon's is a linear map, written out.
         is_linear = isinstance(module, nn.Linear) and (
-            type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
+            type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+        )
         skipped = module is head or any(part in name for part in skip)
         if (is_linear or is_conv1d) and not skipped and (count := uses[id(module.weight)]):
             why = {SHARED: count > 1, HELPER: module in helpers, OUTSIDE: inside is not None and module not in inside}
@@ -69,8 +70,14 @@ def _language_model(model: nn.Module) -> set[nn.Module] | None:
 
 def _helpers(model: nn.Module) -> set[nn.Module]:
     """What adapters put beside the layer that they adapt, which peft calls base_layer."""
-    return {helper for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)
-            for name, child in module.named_children() if name != "base_layer" for helper in child.modules()}
+    return {
+        helper
+        for module in model.modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+        for name, child in module.named_children()
+        if name != "base_layer"
+        for helper in child.modules()
+    }
 
 
 class _Watch(TorchDispatchMode):
@@ -139,8 +146,11 @@ def _told_of_calls(layers: Mapping[str, nn.Module], running: list[str]) -> Itera
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Afterwards buffers (running means, say) and the random generators are as before."""
-    buffers = [(module, key, buffer, buffer.clone()) for module in model.modules()
-               for key, buffer in module.named_buffers(recurse=False)]
+    buffers = [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in module.named_buffers(recurse=False)
+    ]
     device = input_device(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():

@@ -32,15 +32,21 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
     """
     folder = files[0].parent
     if settings.get("quant_method") != METHOD:
-        raise ValueError(f"{folder} is no packed model of lcqat_min (quant_method: {settings.get('quant_method')}). "
-                         "Load it with transformers, or give a folder that save_packed wrote.")
+        raise ValueError(
+            f"{folder} is no packed model of lcqat_min (quant_method: {settings.get('quant_method')}). "
+            "Load it with transformers, or give a folder that save_packed wrote."
+        )
     if settings.get("version") == IN_TRAINING["version"]:
-        raise ValueError(f"{folder} was written by save_pretrained from a model in training (or loaded with the "
-                         "config of one): transformers cannot build that. Quantize the original again with the same "
-                         f"settings, load_state_dict the tensors in {folder}, and save_packed that.")
+        raise ValueError(
+            f"{folder} was written by save_pretrained from a model in training (or loaded with the "
+            "config of one): transformers cannot build that. Quantize the original again with the same "
+            f"settings, load_state_dict the tensors in {folder}, and save_packed that."
+        )
     if settings.get("version") != VERSION:
-        raise ValueError(f"{folder} has format version {settings.get('version')}, this lcqat_min reads "
-                         f"version {VERSION}: update lcqat_min")
+        raise ValueError(
+            f"{folder} has format version {settings.get('version')}, this lcqat_min reads "
+            f"version {VERSION}: update lcqat_min"
+        )
     try:
         forms = {name: Form(**form) for name, form in settings["layers"].items()}
         layouts = {name: form.tensors(name) for name, form in forms.items()}

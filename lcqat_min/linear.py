@@ -41,8 +41,15 @@ MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundar
 class QuantLinear(nn.Module):
     """Scales, rotation, bias and the forward pass; subclasses give `decoded()` and `codes()`."""
 
-    def __init__(self, in_features: int, out_features: int, row_scale: Tensor, bias: Tensor | None,
-                 signs_in: Tensor | None, signs_out: Tensor | None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        row_scale: Tensor,
+        bias: Tensor | None,
+        signs_in: Tensor | None,
+        signs_out: Tensor | None,
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.row_scale = nn.Parameter(row_scale.float().clone())
@@ -63,8 +70,10 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """W_hat, fp32 [out, in], with gradient."""
         if self.row_scale.dtype != torch.float32:
-            raise TypeError(f"a quantized layer works in float32; its parameters are {self.row_scale.dtype}. "
-                            "For speed use torch.autocast instead of model.half() or model.bfloat16().")
+            raise TypeError(
+                f"a quantized layer works in float32; its parameters are {self.row_scale.dtype}. "
+                "For speed use torch.autocast instead of model.half() or model.bfloat16()."
+            )
         with torch.autocast(self.row_scale.device.type, enabled=False):
             W = self.decoded()[:, : self.in_features] * self.row_scale[:, None]
             if self.signs_out is not None:
@@ -87,9 +96,18 @@ class QuantLinear(nn.Module):
 class AffineLinear(QuantLinear):
     """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels), bit-planes (2 levels)."""
 
-    def __init__(self, in_features: int, out_features: int, rounded: Rounded, bias: Tensor | None,
-                 signs_in: Tensor | None, signs_out: Tensor | None, estimator: str, learn_codebook: bool,
-                 start_on_codes: bool):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rounded: Rounded,
+        bias: Tensor | None,
+        signs_in: Tensor | None,
+        signs_out: Tensor | None,
+        estimator: str,
+        learn_codebook: bool,
+        start_on_codes: bool,
+    ):
         super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
         self.levels, self.estimator = rounded.codebook.levels, estimator
         self.A = nn.Parameter(rounded.codebook.A.clone(), requires_grad=learn_codebook)
@@ -125,8 +143,15 @@ class StepLinear(QuantLinear):
     and +-3/2 outside. In ParetoQ's units (arXiv 2502.02631, SEQ) alpha = 2 r: levels +-alpha/4, +-3 alpha/4.
     """
 
-    def __init__(self, in_features: int, out_features: int, rounded: Rounded, bias: Tensor | None,
-                 signs_in: Tensor | None, signs_out: Tensor | None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rounded: Rounded,
+        bias: Tensor | None,
+        signs_in: Tensor | None,
+        signs_out: Tensor | None,
+    ):
         super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
         self.latent = nn.Parameter((starting_latents(rounded).flatten(1) - 1.5) * rounded.scale[:, None])
 
@@ -141,8 +166,16 @@ class StepLinear(QuantLinear):
 class TableLinear(QuantLinear):
     """w_hat = table[index], codes frozen. The table may be shared by layers (pass the same Parameter)."""
 
-    def __init__(self, in_features: int, out_features: int, rounded: Rounded, bias: Tensor | None,
-                 signs_in: Tensor | None, signs_out: Tensor | None, table: nn.Parameter):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rounded: Rounded,
+        bias: Tensor | None,
+        signs_in: Tensor | None,
+        signs_out: Tensor | None,
+        table: nn.Parameter,
+    ):
         super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
         self.table = table
         self.register_buffer("index", rounded.index.to(torch.int32))

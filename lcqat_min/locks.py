@@ -32,8 +32,9 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
             break
         file.close()
         if held and not wait:
-            raise ValueError(f"another process is at work here (it holds {name}): wait until it has ended, or choose "
-                             "another folder")
+            raise ValueError(
+                f"another process is at work here (it holds {name}): wait until it has ended, or choose another folder"
+            )
         time.sleep(0.02)
     with file:
         try:

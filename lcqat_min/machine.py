@@ -58,8 +58,10 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _memory_left(group: Path) -> int | None:
-    for limit, used, cache in (("memory.max", "memory.current", "inactive_file"),
-                               ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
         numbers = [_text(group / name).strip() for name in (limit, used)]
         if all(map(str.isdecimal, numbers)):
             stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())

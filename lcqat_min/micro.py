@@ -247,8 +247,8 @@ def quantize_layer(layer: nn.Linear, H: Tensor, generator: torch.Generator) -> Q
     first = round_matrix(W, H, L, G, fit(W / rms[:, None]), [factor * rms for factor in SCALES])
     again = round_matrix(W, H, L, G, refit(W, first, H), [factor * first.scale for factor in NEARBY])
     best = min(first, again, key=lambda rounded: rounded.loss.sum())
-    return QuantLinear(s_in, s_out, latent=starting_latents(best), row_scale=best.scale, bias=layer.bias,
-                       col_scale=torch.ones_like(s_in), A=best.book[:, :BITS], b=best.book[:, BITS])
+    learned = {"latent": starting_latents(best), "row_scale": best.scale, "col_scale": torch.ones_like(s_in)}
+    return QuantLinear(s_in, s_out, A=best.book[:, :BITS], b=best.book[:, BITS], bias=layer.bias, **learned)
 
 
 @torch.no_grad()
@@ -328,8 +328,8 @@ def unpack(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     layers, shapes = layers_of(model, nn.Linear), {name: p.shape for name, p in model.named_parameters()}
     for name in layers:
         out, n = shapes.pop(f"{name}.weight")
-        own = {"codes": (out, n // DIM), "signs_in": (-(-n // 8),), "signs_out": (-(-out // 8),),
-               "row_scale": (out,), "col_scale": (n,), "A": (DIM, BITS), "b": (DIM,)}
+        own = {"codes": (out, n // DIM), "signs_in": (-(-n // 8),), "signs_out": (-(-out // 8),)}
+        own |= {"row_scale": (out,), "col_scale": (n,), "A": (DIM, BITS), "b": (DIM,)}
         shapes |= {f"{name}.{key}": shape for key, shape in own.items()}
     if wrong := shapes.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items():
         raise ValueError(f"tensors and model differ in {min(wrong)}: unpack into a model like the one that was packed")

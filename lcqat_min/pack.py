@@ -32,8 +32,18 @@ from .layout import VERSION, check, config_of, configure, digest, tensor_files
 from .packed import PackedLinear
 from .storage import pack_layers, to_storage_precision, unpack_layers
 
-__all__ = ["Bits", "CodeStats", "PackedLinear", "bits_per_weight", "code_stats", "codes_of", "export_dense",
-           "load_packed", "save_packed", "to_storage_precision"]
+__all__ = [
+    "Bits",
+    "CodeStats",
+    "PackedLinear",
+    "bits_per_weight",
+    "code_stats",
+    "codes_of",
+    "export_dense",
+    "load_packed",
+    "save_packed",
+    "to_storage_precision",
+]
 
 README = """
 
@@ -74,8 +84,10 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     bits = bits_per_weight(model, dtype)
 
     def complete(part: Path) -> None:
-        configure(part, {"quant_method": METHOD, "version": VERSION, "layers": forms,
-                         "sha256": digest(forms, tensor_files(part))})
+        configure(
+            part,
+            {"quant_method": METHOD, "version": VERSION, "layers": forms, "sha256": digest(forms, tensor_files(part))},
+        )
         (part / "README.md").write_text(f"{TITLE}{_readme(model)}```\n{bits}\n```\n", encoding="utf-8")
 
     write_folder(model, tensors, Path(folder), dtype or model.dtype, complete)
@@ -120,10 +132,15 @@ def _class_of(folder: Path, config: dict) -> type:
     coded = {key: str(value).rpartition(".") for key, value in (config.get("auto_map") or {}).items()}
     autos = [key for key, (file, _, kind) in coded.items() if kind == name and (folder / f"{file}.py").is_file()]
     if autos or not hasattr(transformers, name):
-        how = f"{autos[0]}.from_pretrained({str(folder)!r}, trust_remote_code=True)" if autos else (
-            f"{name}.from_pretrained({str(folder)!r})")
-        raise ValueError(f"the code of {name} is not part of transformers, and load_packed runs no other. If you trust "
-                         f"it: import lcqat_min.hf, then {how}")
+        how = (
+            f"{autos[0]}.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+            if autos
+            else (f"{name}.from_pretrained({str(folder)!r})")
+        )
+        raise ValueError(
+            f"the code of {name} is not part of transformers, and load_packed runs no other. If you trust "
+            f"it: import lcqat_min.hf, then {how}"
+        )
     return getattr(transformers, name)
 
 
@@ -166,22 +183,28 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
 
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"{type(model).__name__} is no transformers model and has no config to load it by. "
-                        "Save what lcqat_min.storage.pack_layers(model) gives by your own means.")
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model and has no config to load it by. "
+            "Save what lcqat_min.storage.pack_layers(model) gives by your own means."
+        )
     layers = pack_layers(model)
     if not layers:
-        raise ValueError("the model has no quantized layer: call quantize first, or save it as it is by "
-                         "model.save_pretrained")
+        raise ValueError(
+            "the model has no quantized layer: call quantize first, or save it as it is by model.save_pretrained"
+        )
     rest, state = {}, model.state_dict()
     if away := [key for key, value in state.items() if value.is_meta]:
-        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole, without "
-                         "device_map")
+        raise ValueError(
+            f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole, without device_map"
+        )
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
         partner = state.get(model.all_tied_weights_keys.get(key))
         if partner is not None and partner.data_ptr() != value.data_ptr():
-            raise ValueError(f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
-                             "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again")
+            raise ValueError(
+                f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
+                "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
+            )
         if partner is None and (parent not in layers or leaf == "bias"):
             rest[key] = value
     with torch.device("meta"):
@@ -191,8 +214,10 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
     saved |= {key: built.get(key, ()) for key in (f"{name}.weight" for name in layers)}
     differ = {key for key in built.keys() | saved.keys() if built.get(key) != saved.get(key)}
     if strange := sorted(differ - set(model.all_tied_weights_keys)):
-        raise ValueError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
-                         "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers).")
+        raise ValueError(
+            f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
+            "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)."
+        )
     return model, rest, layers, plain
 
 
@@ -201,6 +226,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     largest = value.abs().max().item() if value.numel() else 0.0
     if torch.finfo(dtype).max < largest < float("inf"):
-        raise ValueError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or "
-                         "torch.float32")
+        raise ValueError(
+            f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or torch.float32"
+        )
     return value.to(dtype)

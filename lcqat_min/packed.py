@@ -104,8 +104,11 @@ class Form:
     def tensors(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every packed tensor that the layer `name` stores itself."""
         half = torch.float16
-        layout = {"weight": (torch.uint8, (self.outputs, -(-self.vectors * self.bits // 8))),
-                  "row_scale": (half, (self.outputs,)), "col_scale": (half, (self.inputs,))}
+        layout = {
+            "weight": (torch.uint8, (self.outputs, -(-self.vectors * self.bits // 8))),
+            "row_scale": (half, (self.outputs,)),
+            "col_scale": (half, (self.inputs,)),
+        }
         if self.kind == "affine":
             layout |= {"A": (half, (self.dim, self.digits)), "b": (half, (self.dim,))}
         if self.kind == "table" and self.owner == name:
@@ -138,8 +141,14 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves to a device follow the model; casts leave what is stored as fp16 alone (seen as int16)."""
-        return super()._apply(lambda t: fn(t) if isinstance(t, nn.Parameter) or not t.is_floating_point()
-                              else fn(t.view(torch.int16)).view(t.dtype), recurse)
+        return super()._apply(
+            lambda t: (
+                fn(t)
+                if isinstance(t, nn.Parameter) or not t.is_floating_point()
+                else fn(t.view(torch.int16)).view(t.dtype)
+            ),
+            recurse,
+        )
 
     def codebook(self) -> Codebook:
         """The codebook in fp32."""
@@ -166,8 +175,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; kernels.py chooses how by the device of x."""
-        return packed_linear(x, self.weight, self.codebook(), self.scale(), self.bias, self.col_scale.float(),
-                             self.signs("in"), self.signs("out"), self.compiled)
+        return packed_linear(
+            x,
+            self.weight,
+            self.codebook(),
+            self.scale(),
+            self.bias,
+            self.col_scale.float(),
+            self.signs("in"),
+            self.signs("out"),
+            self.compiled,
+        )
 
     def extra_repr(self) -> str:
         form = self.form

@@ -103,8 +103,14 @@ def memory() -> str:
         return "this system does not say"
     free, limited = found
     if free < NEEDED_MEMORY / 2:
-        remedy = ("a control group (container, batch job) allows no more. Give it a higher limit, for example "
-                  "docker run --memory 4g") if limited else "close other programs"
+        remedy = (
+            (
+                "a control group (container, batch job) allows no more. Give it a higher limit, for example "
+                "docker run --memory 4g"
+            )
+            if limited
+            else "close other programs"
+        )
         raise Problem(f"{free / 1e9:.1f} GB are free, and the comparison needs about 1.5 GB: {remedy}.")
     return f"{free / 1e9:.0f} GB free" + (", as a control group allows" if limited else "")
 
@@ -117,11 +123,15 @@ def processors() -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
     if sum(share for _, share in busy) > allowed / 4 or load > allowed + 1:  # this process is part of the load
         most = "".join(f", {share:.1f} by {name}" for name, share in busy[:3])
-        raise Problem(f"the machine is busy: cores {allowed:g}, load {load:.1f}{most}. All will take longer, and times "
-                      "mean little. Close other programs, or wait.")
+        raise Problem(
+            f"the machine is busy: cores {allowed:g}, load {load:.1f}{most}. All will take longer, and times "
+            "mean little. Close other programs, or wait."
+        )
     if threads > math.ceil(allowed):
-        raise Problem(f"{allowed:g} of {os.cpu_count()} cores may be used (control group or taskset), and torch has "
-                      f"{threads} threads, which slow each other down. Set OMP_NUM_THREADS={math.ceil(allowed)}.")
+        raise Problem(
+            f"{allowed:g} of {os.cpu_count()} cores may be used (control group or taskset), and torch has "
+            f"{threads} threads, which slow each other down. Set OMP_NUM_THREADS={math.ceil(allowed)}."
+        )
     return f"{allowed:g} of {os.cpu_count()} cores, load {load:.1f}"
 
 

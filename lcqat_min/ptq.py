@@ -77,11 +77,14 @@ class QuantConfig:
                 raise ValueError(f"QuantConfig.{name} is {value!r}; choose one of {', '.join(allowed)}")
         most = 8 if self.codebook in ("lattice", "planes") else 4
         if not 1 <= self.dim <= most:
-            raise ValueError(f"QuantConfig.dim is {self.dim}; a {self.codebook} codebook takes 1 to {most} "
-                             "weights a vector")
+            raise ValueError(
+                f"QuantConfig.dim is {self.dim}; a {self.codebook} codebook takes 1 to {most} weights a vector"
+            )
         if not 0 <= self.damping < 1 or self.refits < 0:
-            raise ValueError(f"QuantConfig.damping is {self.damping} and refits {self.refits}; damping is a "
-                             "share, from 0 to less than 1, and refits a count, 0 or more")
+            raise ValueError(
+                f"QuantConfig.damping is {self.damping} and refits {self.refits}; damping is a "
+                "share, from 0 to less than 1, and refits a count, 0 or more"
+            )
         if isinstance(self.skip, str):
             raise ValueError(f"QuantConfig.skip is the text {self.skip!r}; give a tuple: ({self.skip!r},)")
 

@@ -100,8 +100,10 @@ def beside(new: dict, committed: dict | None) -> str:
 
 def _unlike(new: dict, committed: dict) -> str:
     """Why the committed figures are no match for those of a run, in words; "" if they are."""
-    now, then = ({"model": c["model"], "text": c["text"], **c["budget"]}
-                 for c in (data["meta"]["config"] for data in (new, committed)))
+    now, then = (
+        {"model": c["model"], "text": c["text"], **c["budget"]}
+        for c in (data["meta"]["config"] for data in (new, committed))
+    )
     return difference(then, now)
 
 

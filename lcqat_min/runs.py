@@ -139,14 +139,18 @@ def _show(data: dict, prompt: str, folder: Path) -> None:
 def _check_save(args: argparse.Namespace) -> None:
     """ValueError, before any work, for a --save that would fail after it or put something else into the README."""
     if not (DATA / "README.md").is_file():
-        raise ValueError("--save renews the results that are committed in a clone, and this package is not in one: "
-                         f"leave --save out, or run in a clone (there is no {DATA / 'README.md'})")
+        raise ValueError(
+            "--save renews the results that are committed in a clone, and this package is not in one: "
+            f"leave --save out, or run in a clone (there is no {DATA / 'README.md'})"
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"--save draws a picture, and {sys.executable} cannot import matplotlib: install it first")
     other = [f"--{option}" for option in ("arms", "model", "tokens") if getattr(args, option) is not None]
     if other:
-        raise ValueError(f"--save renews the results of all arms on the bundled model: leave out {' '.join(other)}, or "
-                         "leave out --save (every run has its own folder)")
+        raise ValueError(
+            f"--save renews the results of all arms on the bundled model: leave out {' '.join(other)}, or "
+            "leave out --save (every run has its own folder)"
+        )
 
 
 def save_committed(data: dict) -> None:

@@ -23,16 +23,19 @@ def encode_prompt(model: nn.Module, tokenizer, prompt: str) -> Tensor:
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that Python could not decode
-        raise ValueError(f"the prompt {ascii(prompt)} is no text: this console uses another encoding than it says. Set "
-                         "PYTHONUTF8=1") from None
+        raise ValueError(
+            f"the prompt {ascii(prompt)} is no text: this console uses another encoding than it says. Set PYTHONUTF8=1"
+        ) from None
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
     if not ids.numel():
         raise ValueError("the prompt is empty: give at least one word to continue")
     check_tokens(ids, model, "the prompt")
     limit = longest_window(model)
     if limit is not None and ids.shape[1] >= limit:
-        raise ValueError(f"the prompt has {ids.shape[1]} tokens, and the model reads {limit} with what it adds: give a "
-                         "shorter prompt")
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, and the model reads {limit} with what it adds: give a "
+            "shorter prompt"
+        )
     return ids.to(input_device(model))
 
 

@@ -71,8 +71,9 @@ def to_storage_precision(model: nn.Module) -> None:
     Codes stay the same: where the row scale is a step size (StepLinear), the latents are scaled along. Doing
     it twice changes nothing more. ValueError, before anything is changed, for numbers that fp16 cannot hold.
     """
-    rounded = [(layer, *_side_data(layer, name)) for name, layer in model.named_modules()
-               if isinstance(layer, QuantLinear)]
+    rounded = [
+        (layer, *_side_data(layer, name)) for name, layer in model.named_modules() if isinstance(layer, QuantLinear)
+    ]
     for layer, numbers, exponent in rounded:
         codes, old = layer.codes(), layer.row_scale.clone()
         for key, value in numbers.items():
@@ -91,9 +92,21 @@ def _form(layer: QuantLinear, owner: str) -> Form:
         book, kind, learn = TableCodebook(layer.table), "table", layer.table.requires_grad
     else:
         book, kind, learn = scalar(), "step", True
-    return Form(kind, layer.in_features, layer.out_features, book.dim, book.bits, getattr(book, "levels", 0),
-                layer.signs_in is not None, layer.signs_out is not None, layer.bias is not None, 0, owner,
-                getattr(layer, "estimator", "ste"), learn)
+    return Form(
+        kind,
+        layer.in_features,
+        layer.out_features,
+        book.dim,
+        book.bits,
+        getattr(book, "levels", 0),
+        layer.signs_in is not None,
+        layer.signs_out is not None,
+        layer.bias is not None,
+        0,
+        owner,
+        getattr(layer, "estimator", "ste"),
+        learn,
+    )
 
 
 def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
@@ -105,16 +118,21 @@ def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
     exponent = 0
     if not fits and 0 < largest < math.inf:  # bring the largest to 2^14 ... 2^15, also when it is rounded up
         exponent = math.frexp(largest * (1 + 2**-11))[1] - 15
-    numbers = {key: value.detach() for key in ("row_scale", "col_scale", "A", "b", "table")
-               if isinstance(value := getattr(layer, key, None), Tensor)}
+    numbers = {
+        key: value.detach()
+        for key in ("row_scale", "col_scale", "A", "b", "table")
+        if isinstance(value := getattr(layer, key, None), Tensor)
+    }
     numbers["row_scale"] = numbers["row_scale"] * 2.0**-exponent
     halves = {key: value.half() for key, value in numbers.items()}
     halves["row_scale"][halves["row_scale"] == 0] = 2.0**-24  # of a row of zeros; a learned step divides by it
     for key, value in halves.items():
         if not torch.isfinite(value).all():
             worst = numbers[key].abs().max().item()
-            raise ValueError(f"{key} of layer {name!r} reaches {worst:.3g}, but a packed file holds numbers "
-                             f"up to {FP16_NORMAL[1]:.0f}. Did training diverge? Train at a lower rate.")
+            raise ValueError(
+                f"{key} of layer {name!r} reaches {worst:.3g}, but a packed file holds numbers "
+                f"up to {FP16_NORMAL[1]:.0f}. Did training diverge? Train at a lower rate."
+            )
     return halves, exponent
 
 

@@ -150,8 +150,10 @@ def _utf8(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8, for instance by "
-                         "iconv -f ITS_ENCODING -t utf8, or leave it out") from error
+        raise ValueError(
+            f"{file} is not UTF-8 ({error}): save it as UTF-8, for instance by "
+            "iconv -f ITS_ENCODING -t utf8, or leave it out"
+        ) from error
 
 
 def _wikitext2() -> dict[str, list[str]]:
@@ -216,9 +218,7 @@ def windows(ids: LongTensor, window: int) -> LongTensor:
     return ids[: len(ids) // window * window].view(-1, window)
 
 
-def batches(
-    ids: LongTensor, window: int, batch_size: int, generator: torch.Generator
-) -> Iterator[LongTensor]:
+def batches(ids: LongTensor, window: int, batch_size: int, generator: torch.Generator) -> Iterator[LongTensor]:
     """Endless batches [batch_size, window]: an epoch shows each window at most once, in a new random order.
 
     The last windows of an epoch that fill no batch are dropped; the next epoch's order brings others there.

@@ -67,11 +67,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1 or self.checkpoint_every < 1:
-            raise ValueError(f"TrainConfig: steps {self.steps}, log_every {self.log_every} and "
-                             f"checkpoint_every {self.checkpoint_every} must be at least 1")
+            raise ValueError(
+                f"TrainConfig: steps {self.steps}, log_every {self.log_every} and "
+                f"checkpoint_every {self.checkpoint_every} must be at least 1"
+            )
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares of the "
-                             "steps: 0 or more each, and together at most 1")
+            raise ValueError(
+                f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares of the "
+                "steps: 0 or more each, and together at most 1"
+            )
         rates = (self.lr_latents, self.lr_scales, self.lr_codebooks, self.lr_rest)
         if not all(rate >= 0 for rate in rates):
             raise ValueError(f"TrainConfig: learning rates {rates} must be 0 (frozen) or more")
@@ -92,9 +96,16 @@ class TrainConfig:
         return 1.0 if step < warmup + stable else (self.steps - step) / (decay + 1)
 
 
-def train(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, teacher: nn.Module | None = None,
-          *, checkpoint: Path | None = None, on_step: Callable[[int, float], None] | None = None,
-          accelerator=None) -> list[dict]:
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    teacher: nn.Module | None = None,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    accelerator=None,
+) -> list[dict]:
     """Train `model` in place for config.steps batches of token ids [B, T] (inputs.py); returns the history.
 
     teacher: the unquantized model, distilled from and set to evaluation mode; None trains on next tokens.
@@ -159,16 +170,20 @@ def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
     if teacher is model or teacher is not None and any(quant_layers(teacher)):
         raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
     if teacher is not None and not any(quant_layers(model)):
-        raise ValueError("the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
-                         "one with load_packed(folder, trainable=True)")
+        raise ValueError(
+            "the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
+            "one with load_packed(folder, trainable=True)"
+        )
     theirs = set() if teacher is None else set(map(id, teacher.parameters()))
     if shared := [name for name, p in model.named_parameters() if p.requires_grad and id(p) in theirs]:
         raise ValueError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing it")
     if away := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
     if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
-                         "takes one: give larger batches, or more processes")
+        raise ValueError(
+            f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
+            "takes one: give larger batches, or more processes"
+        )
 
 
 class _OneProcess:
@@ -196,8 +211,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     for _, layer in quant_layers(model):
         if isinstance(layer, (AffineLinear, StepLinear)):
             kinds[id(layer.latent)] = "latents", config.lr_latents * bin_width(layer)
-        for kind, rate, names in (("scales", config.lr_scales, ("row_scale", "col_scale")),
-                                  ("codebooks", config.lr_codebooks, ("A", "b", "table"))):
+        for kind, rate, names in (
+            ("scales", config.lr_scales, ("row_scale", "col_scale")),
+            ("codebooks", config.lr_codebooks, ("A", "b", "table")),
+        ):
             for name in names:
                 if isinstance(value := getattr(layer, name, None), nn.Parameter):
                     size = layer.A if name == "b" else value  # b starts near zero: measure it by A
@@ -206,13 +223,17 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"{name!r} is {parameter.dtype}: small steps would round to nothing. Call "
-                                "model.float() (for speed: torch.autocast), or requires_grad_(False) on it")
+                raise TypeError(
+                    f"{name!r} is {parameter.dtype}: small steps would round to nothing. Call "
+                    "model.float() (for speed: torch.autocast), or requires_grad_(False) on it"
+                )
             kind, rate = kinds.get(id(parameter), ("rest", config.lr_rest))
             groups.append({"params": [parameter], "name": name, "kind": kind, "lr": rate, "full_lr": rate})
     if not groups:
-        raise ValueError("no parameter requires a gradient: call model.requires_grad_(True), or requires_grad_ on the "
-                         "parameters to train")
+        raise ValueError(
+            "no parameter requires a gradient: call model.requires_grad_(True), or requires_grad_ on the "
+            "parameters to train"
+        )
     return groups
 
 

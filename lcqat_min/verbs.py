@@ -53,8 +53,9 @@ def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
     model, tokenizer = load(name, choose_device(args.device))
     names, dtype = [name for name, _ in linear_layers(model)], _dtype_of(name)
     if unknown := [part for part in args.skip if not any(part in name for name in names)]:
-        raise ValueError(f"--skip {' '.join(unknown)}: part of no linear layer's name; the first are "
-                         f"{', '.join(names[:9])}")
+        raise ValueError(
+            f"--skip {' '.join(unknown)}: part of no linear layer's name; the first are {', '.join(names[:9])}"
+        )
     text = load_text(args.text, tokenizer, model=model)
     window, generator = _window(model), torch.Generator().manual_seed(args.seed)
     windows = sample_windows(text.train, max(1, min(args.tokens, len(text.train)) // window), window, generator)
@@ -96,11 +97,21 @@ def _train(args: argparse.Namespace) -> None:
     judged = text.validation[:EVAL_TOKENS]
     before = kl_to(teacher, student, judged, window)
     if before > FAR:
-        print(f"note: the model is {before:.1f} nats per token from {args.teacher or BUNDLED}. Is that what it was "
-              "made from? --teacher names another.")
+        print(
+            f"note: the model is {before:.1f} nats per token from {args.teacher or BUNDLED}. Is that what it was "
+            "made from? --teacher names another."
+        )
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
-    begun = _same_run(checkpoint, {"teacher": str(args.teacher or BUNDLED), "text": args.text, "tokens": args.tokens,
-                                   "seed": args.seed, "text_digest": text.digest})
+    begun = _same_run(
+        checkpoint,
+        {
+            "teacher": str(args.teacher or BUNDLED),
+            "text": args.text,
+            "tokens": args.tokens,
+            "seed": args.seed,
+            "text_digest": text.digest,
+        },
+    )
     with tqdm(total=config.steps, disable=_quiet(), unit="step") as bar:
         train(
             student, data, config, teacher, checkpoint=checkpoint, on_step=lambda step, _: bar.update(step + 1 - bar.n)
@@ -164,8 +175,10 @@ def _same_run(checkpoint: Path, settings: dict) -> Path:
     if checkpoint.exists():
         before = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else settings
         if before != settings:
-            raise ValueError(f"{checkpoint} is of a run with other settings ({difference(before, settings)}): give "
-                             "those, or remove it to begin anew")
+            raise ValueError(
+                f"{checkpoint} is of a run with other settings ({difference(before, settings)}): give "
+                "those, or remove it to begin anew"
+            )
         print(f"going on from {checkpoint}")
     write_json(begun, settings)
     return begun
@@ -176,13 +189,18 @@ def _say_what_is_left(model: nn.Module) -> None:
     quantized = sum(layer.in_features * layer.out_features for _, layer in quant_layers(model))
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     inside = {f"{name}." for name, _ in quant_layers(model)}
-    left = {name: p.numel() for name, p in model.named_parameters()
-            if id(p) not in ends and not any(name.startswith(part) for part in inside)}
+    left = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if id(p) not in ends and not any(name.startswith(part) for part in inside)
+    }
     share = sum(left.values()) / max(1, quantized + sum(left.values()))
     if share > 0.05:
         largest = max(left, key=left.get)
-        print(f"note: {share:.0%} of the weights outside of embeddings and head stay as they are, {largest} the "
-              "largest: only linear layers are quantized, and not those that are skipped")
+        print(
+            f"note: {share:.0%} of the weights outside of embeddings and head stay as they are, {largest} the "
+            "largest: only linear layers are quantized, and not those that are skipped"
+        )
 
 
 def _packed(folder: Path, device: torch.device, trainable: bool = False) -> nn.Module:
@@ -206,8 +224,10 @@ def _tokenizer(folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer: tokenizer.save_pretrained({str(folder)!r}) puts one beside the "
-                         f"model. transformers says: {str(error).splitlines()[0][:100]}") from error
+        raise ValueError(
+            f"{folder} holds no tokenizer: tokenizer.save_pretrained({str(folder)!r}) puts one beside the "
+            f"model. transformers says: {str(error).splitlines()[0][:100]}"
+        ) from error
 
 
 def _save_tokenizer(tokenizer: object, folder: Path) -> None:

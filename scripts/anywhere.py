@@ -30,8 +30,13 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "runs" / "anywhere"
-OFFLINE = {"LCQAT_QUIET": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-           "OMP_WAIT_POLICY": "passive"}
+OFFLINE = {
+    "LCQAT_QUIET": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",
+}
 LEFT_OUT = ("sympy", "pandas")  # packages without whose docstrings the other text is made
 OLD = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -115,12 +120,14 @@ def sum_in_another_order() -> None:
 CONDITIONS = {
     "avx2": Condition("torch, oneDNN and MKL with AVX2: most laptops", AVX2),
     "old": Condition("torch, oneDNN and MKL with what every x86-64 has", OLD),
-    "sums": Condition("products summed in an order that depends on their shape", SEES_THIS | {"ANYWHERE": "sums"},
-                      THIS, sums),
+    "sums": Condition(
+        "products summed in an order that depends on their shape", SEES_THIS | {"ANYWHERE": "sums"}, THIS, sums
+    ),
     "threads-2": Condition("two threads", {"OMP_NUM_THREADS": "2"}),
     "threads-4": Condition("four threads", {"OMP_NUM_THREADS": "4"}),
-    "backwards": Condition("tests in the opposite order", SEES_THIS | {"ANYWHERE": "backwards"}, THIS,
-                           notebooks=False),  # each of them is a process, and its cells have an order
+    "backwards": Condition(
+        "tests in the opposite order", SEES_THIS | {"ANYWHERE": "backwards"}, THIS, notebooks=False
+    ),  # each of them is a process, and its cells have an order
     "other-text": Condition(f"offline text without {' and '.join(LEFT_OUT)}", prepare=other_text),
     "newest": Condition("the newest versions of all packages", prepare=newest),
 }
@@ -165,8 +172,10 @@ def run(name: str) -> dict:
 
 def commit() -> str:
     """What is tried: the commit, and what differs from it."""
-    said = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
-            for words in (("rev-parse", "HEAD"), ("diff", "HEAD"))]
+    said = [
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        for words in (("rev-parse", "HEAD"), ("diff", "HEAD"))
+    ]
     return "".join(said)
 
 

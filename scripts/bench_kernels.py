@@ -49,9 +49,12 @@ CPU_BARS = {("eager", 1): 2.0, ("eager", 256): 1.3, ("compiled", 1): 0.5}  # at 
 def books() -> dict[str, Codebook]:
     """Random codebooks of each form; times do not depend on the numbers in them."""
     generator = torch.Generator().manual_seed(0)
-    return {"tied planes d=4": lattice(4, 0.8), "untied planes d=4": random_planes(4, generator),
-            "untied planes d=8": random_planes(8, generator),
-            "table d=4": TableCodebook(torch.randn(256, 4, generator=generator))}
+    return {
+        "tied planes d=4": lattice(4, 0.8),
+        "untied planes d=4": random_planes(4, generator),
+        "untied planes d=8": random_planes(8, generator),
+        "table d=4": TableCodebook(torch.randn(256, 4, generator=generator)),
+    }
 
 
 def random_codes(rows: int, columns: int, device: str = "cpu") -> Tensor:
@@ -94,10 +97,16 @@ def copy_speed() -> float:
 def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
     table, scale = cpu.byte_table(lattice(4, 0.8).to("cuda")), torch.ones(rows, device="cuda")
-    took = seconds([partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16)
-                    for codes in weights])
-    return {"what": "dequantize", "out": rows, "in": columns, "us": 1e6 * took,
-            "copy": rows * columns * 2.25 / took / copy}
+    took = seconds(
+        [partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16) for codes in weights]
+    )
+    return {
+        "what": "dequantize",
+        "out": rows,
+        "in": columns,
+        "us": 1e6 * took,
+        "copy": rows * columns * 2.25 / took / copy,
+    }
 
 
 def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook) -> dict:
@@ -116,8 +125,9 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
         row["error"] = ((y - expected).norm() / expected.norm()).item()
         row["fused"] = 1e6 * seconds([partial(fused, parts, codes, book) for codes in weights])
     row["decoded"] = 1e6 * seconds([partial(decoded, x, codes, book, scale) for codes in weights])
-    row["packed"] = 1e6 * seconds([partial(kernels.packed_linear, x, codes, book, scale, None, None, *signs)
-                                   for codes in weights])
+    row["packed"] = 1e6 * seconds(
+        [partial(kernels.packed_linear, x, codes, book, scale, None, None, *signs) for codes in weights]
+    )
     dense = [D.bfloat16() for _ in range(min(len(weights), copies(2 * rows * columns)))]
     row["bf16"] = 1e6 * seconds([partial(torch.matmul, x, W.T) for W in dense])
     return row
@@ -150,8 +160,9 @@ def bench_model(name: str, book: Codebook | None) -> dict:
     """Tokens a second of greedy decoding, batch 1, eager, with a cache: what a user sees, launches included."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS, num_attention_heads=32,
-                         vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS, num_attention_heads=32, vocab_size=32000
+    )
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).bfloat16().eval()
     for parent in list(model.model.modules()) if book is not None else ():
@@ -168,15 +179,22 @@ def bench_model(name: str, book: Codebook | None) -> dict:
         model.generate(prompt, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, **settings)
         torch.cuda.synchronize()
         took.append(time.perf_counter() - begun)
-    return {"what": "model", "codebook": name, "layers": LAYERS, "tokens_per_second": NEW_TOKENS / min(took[1:]),
-            "gigabytes": torch.cuda.memory_allocated() / 1e9}
+    return {
+        "what": "model",
+        "codebook": name,
+        "layers": LAYERS,
+        "tokens_per_second": NEW_TOKENS / min(took[1:]),
+        "gigabytes": torch.cuda.memory_allocated() / 1e9,
+    }
 
 
 def on_gpu() -> int:
     if not torch.cuda.is_available():
-        print("No CUDA device here: nothing was measured and nothing written. Without one, the kernels can be\n"
-              "compiled and counted by scripts/check_kernels.py, and products on the CPU measured with --cpu.",
-              file=sys.stderr)
+        print(
+            "No CUDA device here: nothing was measured and nothing written. Without one, the kernels can be\n"
+            "compiled and counted by scripts/check_kernels.py, and products on the CPU measured with --cpu.",
+            file=sys.stderr,
+        )
         return 2
     import triton
 
@@ -193,8 +211,15 @@ def on_gpu() -> int:
         rows.append(bench_model(name, book))
         print(rows[-1], flush=True)
     device = torch.cuda.get_device_properties(0)
-    meta = describe({"device": device.name, "sm": f"{device.major}.{device.minor}", "l2_bytes": device.L2_cache_size,
-                     "triton": triton.__version__, "failed": sorted(cpu._failed)})
+    meta = describe(
+        {
+            "device": device.name,
+            "sm": f"{device.major}.{device.minor}",
+            "l2_bytes": device.L2_cache_size,
+            "triton": triton.__version__,
+            "failed": sorted(cpu._failed),
+        }
+    )
     write_json(ROOT / "results" / "kernels_gpu.json", {"meta": meta, "rows": rows})
     plot(rows, device.name)
     wrong = [row for row in rows if row.get("error", 0) > 1e-2]
@@ -210,8 +235,11 @@ def plot(rows: list[dict], device: str) -> None:
     for ax, (out, inputs) in zip(axes.flat, SHAPES, strict=False):
         for name in books():
             for way, style in (("fused", "o-"), ("decoded", "x:")):
-                points = [(row["batch"], row["bf16"] / row[way]) for row in rows
-                          if way in row and (row["codebook"], row["out"], row["in"]) == (name, out, inputs)]
+                points = [
+                    (row["batch"], row["bf16"] / row[way])
+                    for row in rows
+                    if way in row and (row["codebook"], row["out"], row["in"]) == (name, out, inputs)
+                ]
                 if points:
                     ax.plot(*zip(*points, strict=True), style, label=f"{name}, {way}")
         ax.axhline(1, color="grey", linewidth=0.8)
@@ -251,13 +279,28 @@ def on_cpu(repeats: int, ways: list[str]) -> int:
                 if way == "compiled" and isinstance(book, TableCodebook):
                     continue  # nothing to fold, nothing to compile
                 x = torch.randn(batch, inputs)
-                ratio = cpu_ratio([partial(cpu.product, x, part, book, way == "compiled") for part in codes],
-                                  [partial(F.linear, x, W) for W in weights], max(3, repeats // (1 + batch // 16)))
+                ratio = cpu_ratio(
+                    [partial(cpu.product, x, part, book, way == "compiled") for part in codes],
+                    [partial(F.linear, x, W) for W in weights],
+                    max(3, repeats // (1 + batch // 16)),
+                )
                 bar = CPU_BARS.get((way, batch)) if out == 2048 else None
-                rows.append({"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch,
-                             "ratio": round(ratio, 3), "bar": bar})
-                print(f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
-                      + (f"   at most {bar}" if bar else ""), flush=True)
+                rows.append(
+                    {
+                        "out": out,
+                        "in": inputs,
+                        "codebook": name,
+                        "way": way,
+                        "batch": batch,
+                        "ratio": round(ratio, 3),
+                        "bar": bar,
+                    }
+                )
+                print(
+                    f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
+                    + (f"   at most {bar}" if bar else ""),
+                    flush=True,
+                )
     meta = describe({"repeats": repeats, "multiplies_bytes": folded.multiplies_bytes(), "failed": sorted(cpu._failed)})
     write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "rows": rows})
     return int(bool(cpu._failed))  # a way that failed was replaced by another, and its rows are not its own
@@ -267,8 +310,13 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cpu", action="store_true", help="measure the torch path on one thread")
     options.add_argument("--repeats", type=int, default=15, help="of each CPU figure at batch 1; fewer above")
-    options.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"],
-                         help="CPU paths; `compiled` needs a C++ compiler and takes about a minute more")
+    options.add_argument(
+        "--ways",
+        nargs="+",
+        default=["eager", "compiled"],
+        choices=["eager", "compiled"],
+        help="CPU paths; `compiled` needs a C++ compiler and takes about a minute more",
+    )
     args = options.parse_args()
     return on_cpu(args.repeats, args.ways) if args.cpu else on_gpu()
 

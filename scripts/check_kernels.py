@@ -29,8 +29,18 @@ from lcqat_min import kernels  # noqa: E402
 from lcqat_min.kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that one program may have
-POINTERS = {"x": "*fp32", "A": "*fp32", "b": "*fp32", "table": "*fp32", "row_scale": "*fp32", "scale": "*fp32",
-            "constant": "*fp32", "partial": "*fp32", "digits": "*i8", "codes": "*u8"}
+POINTERS = {
+    "x": "*fp32",
+    "A": "*fp32",
+    "b": "*fp32",
+    "table": "*fp32",
+    "row_scale": "*fp32",
+    "scale": "*fp32",
+    "constant": "*fp32",
+    "partial": "*fp32",
+    "digits": "*i8",
+    "codes": "*u8",
+}
 STEP = 1024  # bytes of a row that the dequantize kernel takes at once here: a weight of 4096 columns
 
 
@@ -50,16 +60,40 @@ def cases(target: str, quick: bool) -> list[Case]:
     """The variants that packed_linear and dequantize launch: levels, columns of x (tokens * limbs), dtypes."""
     tile, weights = {"ROWS": TILE_ROWS, "BYTES": TILE_BYTES}, 4 * TILE_ROWS * TILE_BYTES
     columns = (16,) if target.startswith("gfx") else (8,) if quick else (8, 16, 32)
-    found = [Case(f"fused {2 * width} levels, {count} columns", kernels.fused_kernel,
-                  {"WIDTH": width, "COLUMNS": count, **tile}, weights, 4.5, {"codes": "*i8"})
-             for width in (2, 1) for count in columns]
-    found += [Case(f"dequantize {dtype}", kernels.dequantize_kernel, {"BYTES": STEP}, 4 * STEP, 3.5,
-                   {"weight": f"*{dtype}"}) for dtype in (("bf16",) if quick else ("bf16", "fp16"))]
-    folds = {"scalar": (1, 1, 2), "tied planes d=4": (4, 4, 2), "untied planes d=4": (4, 8, 1),
-             "untied planes d=8": (8, 16, 1)}
-    found += [Case(f"fold {name}, {limbs} limbs", kernels.fold_kernel,
-                   {"D": d, "K": k, "WIDTH": width, "LIMBS": limbs, "BYTES": TILE_BYTES}, 0, None, {})
-              for name, (d, k, width) in folds.items() for limbs in (2, 3)]
+    found = [
+        Case(
+            f"fused {2 * width} levels, {count} columns",
+            kernels.fused_kernel,
+            {"WIDTH": width, "COLUMNS": count, **tile},
+            weights,
+            4.5,
+            {"codes": "*i8"},
+        )
+        for width in (2, 1)
+        for count in columns
+    ]
+    found += [
+        Case(f"dequantize {dtype}", kernels.dequantize_kernel, {"BYTES": STEP}, 4 * STEP, 3.5, {"weight": f"*{dtype}"})
+        for dtype in (("bf16",) if quick else ("bf16", "fp16"))
+    ]
+    folds = {
+        "scalar": (1, 1, 2),
+        "tied planes d=4": (4, 4, 2),
+        "untied planes d=4": (4, 8, 1),
+        "untied planes d=8": (8, 16, 1),
+    }
+    found += [
+        Case(
+            f"fold {name}, {limbs} limbs",
+            kernels.fold_kernel,
+            {"D": d, "K": k, "WIDTH": width, "LIMBS": limbs, "BYTES": TILE_BYTES},
+            0,
+            None,
+            {},
+        )
+        for name, (d, k, width) in folds.items()
+        for limbs in (2, 3)
+    ]
     return found[:4] if quick else found
 
 
@@ -89,8 +123,12 @@ def measure(case: Case, target: str) -> dict:
     code = read_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else read_nvidia(compiled.asm["cubin"])
     threads = 4 * (64 if target.startswith("gfx") else 32)
     loop = code.pop("loop")
-    return {**row, **code, "shared": compiled.metadata.shared,
-            "instructions_per_weight": round(loop * threads / case.weights, 2) if case.weights else None}
+    return {
+        **row,
+        **code,
+        "shared": compiled.metadata.shared,
+        "instructions_per_weight": round(loop * threads / case.weights, 2) if case.weights else None,
+    }
 
 
 def read_nvidia(cubin: bytes) -> dict:
@@ -114,8 +152,11 @@ def read_amd(assembly: str) -> dict:
     """The same from AMD assembly text."""
     number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))  # noqa: E731
     instructions = re.findall(r"^(?:(\.L\w+):|\t([a-z]+_\S.*))", assembly, re.MULTILINE)
-    return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-            "loop": longest_loop(instructions, r"\bs_c?branch\S*\s+(\.L\w+)")}
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "loop": longest_loop(instructions, r"\bs_c?branch\S*\s+(\.L\w+)"),
+    }
 
 
 def longest_loop(lines: list[tuple[str, str]], branch: str) -> int:
@@ -155,8 +196,11 @@ def main() -> int:
         for case in cases(target, args.quick):
             rows.append(row := measure(case, target))
             count = row.get("instructions_per_weight")
-            print(f"{row['kernel']:<34}{target:<8}{row.get('registers', '-'):>10}{row.get('shared', '-'):>8}"
-                  f"{row.get('spills', '-'):>7}  {'' if count is None else count:<6}{complaint(row)}", flush=True)
+            print(
+                f"{row['kernel']:<34}{target:<8}{row.get('registers', '-'):>10}{row.get('shared', '-'):>8}"
+                f"{row.get('spills', '-'):>7}  {'' if count is None else count:<6}{complaint(row)}",
+                flush=True,
+            )
     if not args.quick:
         import triton
 

@@ -99,10 +99,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         bpe.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=alphabet,
-            show_progress=False,
+            vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
         )
         bpe.train_from_iterator(documents("docstrings")["train"], trainer)
         tokenizer = PreTrainedTokenizerFast(
@@ -323,9 +320,7 @@ def step(model: nn.Module, optimizers: dict, batch: LongTensor, share: float) ->
     return loss.item()
 
 
-def log(
-    model: LlamaForCausalLM, rows: LongTensor, loss: float, share: float, state: dict, path: Path
-) -> None:
+def log(model: LlamaForCausalLM, rows: LongTensor, loss: float, share: float, state: dict, path: Path) -> None:
     full, rounded = perplexity(model, rows), rounded_perplexity(model, rows)
     line = {
         "step": state["step"],
@@ -349,9 +344,7 @@ def log(
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    ids = model.generate(
-        **inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.95, pad_token_id=0
-    )
+    ids = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.95, pad_token_id=0)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 

@@ -35,8 +35,14 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
     )
     return lambda seed=0: _seeded(LlamaForCausalLM, copy.deepcopy(config), seed)  # tests change it
 
@@ -47,8 +53,18 @@ def tiny_gpt2() -> Callable[..., torch.nn.Module]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=97, n_embd=32, n_inner=48, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        vocab_size=97,
+        n_embd=32,
+        n_inner=48,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        initializer_range=0.2,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return lambda seed=0: _seeded(GPT2LMHeadModel, copy.deepcopy(config), seed)
 
@@ -62,8 +78,15 @@ def place(tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("place")
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     _seeded(LlamaForCausalLM, config, 0).save_pretrained(path / "model")
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(path / "model")

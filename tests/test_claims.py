@@ -73,10 +73,14 @@ def test_codes_of_the_lcqat_arms_hardly_flip(arms):
 def test_rates_that_flip_codes_did_not_help():
     rows = read_results(ROOT / "results" / "rates.json")["rows"]
     for arm in ("lcqat-paper", "lcqat-planes"):
-        best = {rate: min(row["kl_qat"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
-                for rate in (0.001, 0.003, 0.01)}
-        flips = {rate: max(row["code_flips"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
-                 for rate in best}
+        best = {
+            rate: min(row["kl_qat"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            for rate in (0.001, 0.003, 0.01)
+        }
+        flips = {
+            rate: max(row["code_flips"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            for rate in best
+        }
         assert flips[0.001] < 0.0001 and 0.001 < flips[0.003] < flips[0.01]
         assert best[0.003] > best[0.001] - 0.0005 and best[0.01] > best[0.001] + 0.01
 
@@ -95,8 +99,9 @@ def test_more_tokens_leave_the_order():
     assert first["tokens"] * 6 == end["tokens"] and first["kl"] < end["kl"]
     fast, frozen = (by_arm[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
     assert fast["code_flips"] > 0.01 and frozen["code_flips"] == 0
-    table = [row["kl_qat"] for row in read_results(ROOT / "results" / "compare.json")["rows"]
-             if row["arm"] == "lcqat-planes"]
+    table = [
+        row["kl_qat"] for row in read_results(ROOT / "results" / "compare.json")["rows"] if row["arm"] == "lcqat-planes"
+    ]
     seeds = max(table) - min(table)
     assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < seeds
 
@@ -106,8 +111,14 @@ def test_one_switch_at_a_time():
     base = [row["kl_qat"] for row in rows if row["switch"] == "none"]
     spread = max(base) - min(base)
     loss = {(row["switch"], row["value"]): row["kl_qat"] - base[0] for row in rows if row["switch"] != "none"}
-    small = [("estimator", "dge"), ("estimator", "clipped"), ("learn_codebook", False), ("refits", 0),
-             ("lr_latents", 0.0), ("lr_latents", 0.003)]
+    small = [
+        ("estimator", "dge"),
+        ("estimator", "clipped"),
+        ("learn_codebook", False),
+        ("refits", 0),
+        ("lr_latents", 0.0),
+        ("lr_latents", 0.003),
+    ]
     assert max(loss[key] for key in small) < 1.5 * spread
     assert min(loss["feedback", False], loss["rotate", "none"]) > 5 * spread
     assert loss["dim", 8] < -2 * spread
@@ -122,8 +133,11 @@ def test_packed_products_on_a_cpu():
     for name in affine:
         assert all(ratio[out, name, "compiled", 1] < 1 for out in (2048, 11008))
         assert max(ratio[2048, name, "eager", 4], ratio[11008, name, "eager", 4], ratio[11008, name, "eager", 16]) < 1
-        assert all(ratio[out, name, "eager", batch] < 0.8 * ratio[out, "table d=4", "eager", batch]
-                   for out in (2048, 11008) for batch in (1, 4))
+        assert all(
+            ratio[out, name, "eager", batch] < 0.8 * ratio[out, "table d=4", "eager", batch]
+            for out in (2048, 11008)
+            for batch in (1, 4)
+        )
         assert ratio[11008, name, "eager", 16] < 0.8 * ratio[11008, "table d=4", "eager", 16]
 
 

@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcqat_min import lloyd, search
-from lcqat_min.codebook import (
-    AffineCodebook,
-    Codebook,
-    TableCodebook,
-    frame_planes,
-    lattice,
-    random_planes,
-    scalar,
-)
+from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, frame_planes, lattice, random_planes, scalar
 from lcqat_min.digits import digits_of, index_of
 from lcqat_min.lloyd import fit, mean_squared_error, table_start
 
@@ -180,7 +172,9 @@ def test_the_lattice_is_scalar_grids_side_by_side():
 # of them stays below 2^4: 23 bits, so that fp32 adds them without an error, in whatever order.
 half_precision = st.builds(
     lambda sign, mantissa, power: sign * mantissa * 2.0**power,
-    st.sampled_from([-1, 1]), st.integers(1024, 2047), st.integers(-18, -10),
+    st.sampled_from([-1, 1]),
+    st.integers(1024, 2047),
+    st.integers(-18, -10),
 )
 
 
@@ -305,7 +299,10 @@ def test_fit_finds_the_map_behind_the_vectors():
 
 @given(
     st.sampled_from(["scalar", "lattice", "planes 2", "planes 4", "table"]),
-    st.integers(1, 300), st.integers(0, 5), st.floats(0.01, 100), st.integers(0, 2**31),
+    st.integers(1, 300),
+    st.integers(0, 5),
+    st.floats(0.01, 100),
+    st.integers(0, 2**31),
 )
 def test_fit_is_never_worse_than_its_start(name, count, rounds, size, seed):
     start = some_books()[name]

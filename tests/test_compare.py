@@ -148,8 +148,11 @@ def test_rows_are_stored_before_what_may_fail(run, tmp_path, monkeypatch, capsys
     data, found = read_results(tmp_path / "mine" / "compare.json"), capsys.readouterr()
     assert [row["arm"] for row in data["rows"]] == ["rtn", "gptq"] and data["samples"] == {}
     assert re.search(r"^gptq +\d", found.out, re.MULTILINE)  # the table is there
-    for note in ("rtn has no sample text; its row is stored (RuntimeError: out of order)", "there is no picture",
-                 "the committed figures are not beside these"):
+    for note in (
+        "rtn has no sample text; its row is stored (RuntimeError: out of order)",
+        "there is no picture",
+        "the committed figures are not beside these",
+    ):
         assert f"note: {note}" in found.err
 
 
@@ -388,8 +391,12 @@ def test_committed_figures_are_shown_beside_their_like_alone(data):
 
     assert "0.2000 (0.1000 to 0.3000)" in report.beside(data, data)
     budget = other()["meta"]["config"]["budget"] | {"train_tokens": 1}
-    for committed, why in ((None, "there are none here"), (other(model="n"), "model was n, is m"),
-                           (other(text="u"), "text was u, is t"), (other(budget=budget), "train_tokens was 1, is 256")):
+    for committed, why in (
+        (None, "there are none here"),
+        (other(model="n"), "model was n, is m"),
+        (other(text="u"), "text was u, is t"),
+        (other(budget=budget), "train_tokens was 1, is 256"),
+    ):
         shown = report.beside(data, committed)
         assert shown.splitlines()[-1] == f"No committed figures beside these: {why}."
         assert "0.2000" in shown and "(0.1000 to 0.3000)" not in shown
@@ -401,8 +408,11 @@ def test_committed_figures_are_shown_beside_their_like_alone(data):
 def test_another_text_than_the_committed_one_is_told(data):
     new, committed = copy.deepcopy(data), copy.deepcopy(data)
     new["meta"]["config"]["text_digest"] = "a" * 16
-    for digest, told in (("a" * 16, ""), ("b" * 16, "another text than the committed one"),
-                         (None, "do not say which text")):
+    for digest, told in (
+        ("a" * 16, ""),
+        ("b" * 16, "another text than the committed one"),
+        (None, "do not say which text"),
+    ):
         committed["meta"]["config"]["text_digest"] = digest
         last = report.beside(new, committed).splitlines()[-1]
         assert told in last and last.startswith("b ") == (not told)

@@ -19,12 +19,7 @@ from torch import nn
 from lcqat_min import TrainConfig, convert, cpu, folded, kl_to, packed, ptq, train
 from lcqat_min import codebook as cb
 from lcqat_min import rotate as rotation
-from lcqat_min.convert import (
-    linear_layers,
-    quant_layers,
-    quantize,
-    weight_of,
-)
+from lcqat_min.convert import linear_layers, quant_layers, quantize, weight_of
 from lcqat_min.linear import AffineLinear, StepLinear, TableLinear
 from lcqat_min.lloyd import fit, mean_squared_error, table_start
 from lcqat_min.ptq import CODEBOOKS, ROTATIONS, QuantConfig
@@ -109,8 +104,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def names(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
     """Linear layers by the name of their class, skipped ones left out."""
-    return [name for name, module in model.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D") and not any(part in name for part in skip)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and not any(part in name for part in skip)
+    ]
 
 
 def check_quantized(model: nn.Module, original: nn.Module, reports: list, config: QuantConfig) -> None:
@@ -156,8 +154,7 @@ def test_all_layers_but_embeddings_head_and_norms(model, batches):
     assert all(module is modules[name] for name, module in model.named_modules() if name not in quantized)
 
 
-@pytest.mark.parametrize(("kind", "d"), [("lattice", 1), ("lattice", 8), ("planes", 2), ("planes", 8),
-                                         ("table", 3)])
+@pytest.mark.parametrize(("kind", "d"), [("lattice", 1), ("lattice", 8), ("planes", 2), ("planes", 8), ("table", 3)])
 def test_other_vector_lengths(tiny_gpt2, batches, kind, d):
     model = tiny_gpt2()
     reports = quantize(model, batches, QuantConfig(codebook=kind, dim=d, skip=PAIR))
@@ -301,7 +298,8 @@ def scaled(net: OddNet, weights: float, inputs: float) -> OddNet:
     net.first.weight.data.mul_(weights)
     net.embedding.weight.data.mul_(inputs)
     net.forward = lambda input_ids, use_cache=True: SimpleNamespace(
-        logits=net.second(net.first(net.embedding(input_ids)).double().div(weights * inputs).float()))
+        logits=net.second(net.first(net.embedding(input_ids)).double().div(weights * inputs).float())
+    )
     net.first.bias.data.zero_()
     return net
 
@@ -442,7 +440,7 @@ def test_progress_knows_its_end_and_modes_come_back(tiny_gpt2, batches):
 
 
 def fails_and_leaves_alone(
-    model: nn.Module, batches: object, match: str, error: type = ValueError, skip: tuple[str, ...] = (),
+    model: nn.Module, batches: object, match: str, error: type = ValueError, skip: tuple[str, ...] = ()
 ) -> None:
     """quantize raises `error`; no number, module or hook of the model has changed."""
     before, modules = state(model), list(model.modules())
@@ -481,13 +479,16 @@ def test_an_error_in_the_last_layer_leaves_the_model_as_it_was(tiny_llama, batch
     assert len(count) == 14
 
 
-@pytest.mark.parametrize(("wrong", "match"), [
-    ([], "no calibration tokens"),
-    ([torch.zeros(0, 8, dtype=torch.long)], "no calibration tokens"),
-    (torch.zeros(4, 8, dtype=torch.long), r"torch.int64 \[8\].*windows.split\(8\)"),
-    ([torch.zeros(2, 8)], r"torch.float32 \[2, 8\].*integers"),
-    ([{"labels": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ([], "no calibration tokens"),
+        ([torch.zeros(0, 8, dtype=torch.long)], "no calibration tokens"),
+        (torch.zeros(4, 8, dtype=torch.long), r"torch.int64 \[8\].*windows.split\(8\)"),
+        ([torch.zeros(2, 8)], r"torch.float32 \[2, 8\].*integers"),
+        ([{"labels": torch.zeros(2, 8, dtype=torch.long)}], "is dict.*token ids"),
+    ],
+)
 def test_wrong_batches(tiny_gpt2, wrong, match):
     fails_and_leaves_alone(tiny_gpt2(), wrong, match)
 
@@ -502,18 +503,21 @@ def test_a_model_without_linear_layers(odd_net, batches):
     fails_and_leaves_alone(odd_net, batches, "no linear layer.*first", skip=("first", "second"))
 
 
-@pytest.mark.parametrize(("wrong", "match"), [
-    ({"codebook": "vq"}, "codebook is 'vq'; choose one of scalar, lattice, planes, step, table"),
-    ({"rotate": True}, "rotate is True; choose one of none, input, both"),
-    ({"estimator": "lsq"}, "estimator is 'lsq'; choose one of ste, clipped, dge"),
-    ({"dim": 0}, "dim is 0.*1 to 8"),
-    ({"dim": 9}, "dim is 9.*1 to 8"),
-    ({"codebook": "table", "dim": 5}, "dim is 5; a table codebook takes 1 to 4"),
-    ({"damping": -0.1}, "damping is -0.1"),
-    ({"damping": 1.0}, "damping is 1.0"),
-    ({"refits": -1}, "refits -1"),
-    ({"skip": "lm_head"}, r"give a tuple: \('lm_head',\)"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"codebook": "vq"}, "codebook is 'vq'; choose one of scalar, lattice, planes, step, table"),
+        ({"rotate": True}, "rotate is True; choose one of none, input, both"),
+        ({"estimator": "lsq"}, "estimator is 'lsq'; choose one of ste, clipped, dge"),
+        ({"dim": 0}, "dim is 0.*1 to 8"),
+        ({"dim": 9}, "dim is 9.*1 to 8"),
+        ({"codebook": "table", "dim": 5}, "dim is 5; a table codebook takes 1 to 4"),
+        ({"damping": -0.1}, "damping is -0.1"),
+        ({"damping": 1.0}, "damping is 1.0"),
+        ({"refits": -1}, "refits -1"),
+        ({"skip": "lm_head"}, r"give a tuple: \('lm_head',\)"),
+    ],
+)
 def test_wrong_settings(wrong, match):
     with pytest.raises(ValueError, match=match):
         QuantConfig(**wrong)
@@ -568,10 +572,19 @@ def whole_path(model: nn.Module, batches: list[torch.Tensor], config: QuantConfi
     return [torch.tensor(losses, dtype=torch.float64), *outputs, *model.state_dict().values()]
 
 
-@pytest.mark.parametrize(("kind", "d", "more"), [
-    ("scalar", 1, "integers"), ("step", 1, ""), ("lattice", 4, ""), ("planes", 4, "integers"), ("planes", 4, ""),
-    ("planes", 3, ""), ("planes", 8, "max"), ("table", 2, ""),
-])
+@pytest.mark.parametrize(
+    ("kind", "d", "more"),
+    [
+        ("scalar", 1, "integers"),
+        ("step", 1, ""),
+        ("lattice", 4, ""),
+        ("planes", 4, "integers"),
+        ("planes", 4, ""),
+        ("planes", 3, ""),
+        ("planes", 8, "max"),
+        ("table", 2, ""),
+    ],
+)
 def test_the_default_dtype_does_not_matter(odd_net, batches, monkeypatch, kind, d, more):
     batches, config = [batch % 11 for batch in batches], QuantConfig(codebook=kind, dim=d, refits=0)
     if more == "integers":  # products as of large weights

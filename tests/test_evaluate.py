@@ -36,9 +36,7 @@ def log_probabilities(model: nn.Module, context: torch.Tensor) -> torch.Tensor:
         return model(input_ids=context[None], use_cache=False).logits[0, -1].double().log_softmax(-1)
 
 
-def one_token_at_a_time(
-    model: nn.Module, ids: torch.Tensor, window: int, stride: int, bos: int | None
-) -> list[float]:
+def one_token_at_a_time(model: nn.Module, ids: torch.Tensor, window: int, stride: int, bos: int | None) -> list[float]:
     """The definition for stride < window: each token once, from the first window that holds it."""
     before = ids[:0] if bos is None else torch.tensor([bos])
     nll = []

@@ -87,8 +87,11 @@ def test_a_folder_that_exists_is_refused_before_the_work(name, tmp_path, capsys)
     """The other arguments name nothing: whoever looked at them first would complain of those."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    args = {"own_model": ["no-model", "no-text", tmp_path / "out"], "trainer": ["no", "no", "no", tmp_path / "out"],
-            "upload": ["no", tmp_path / "out", "me/mine", "--base", "you/yours", "--license", "mit"]}
+    args = {
+        "own_model": ["no-model", "no-text", tmp_path / "out"],
+        "trainer": ["no", "no", "no", tmp_path / "out"],
+        "upload": ["no", tmp_path / "out", "me/mine", "--base", "you/yours", "--license", "mit"],
+    }
     with pytest.raises(SystemExit):
         run(name, *args[name])
     assert "exists already: give a new folder" in capsys.readouterr().err
@@ -115,8 +118,9 @@ def test_trainer_takes_the_steps_of_our_own_loop(tiny_llama, tmp_path):
     moved = (logits(ours) - logits(start)).norm()
     for size, halves in ((4, 1), (2, 2)):
         theirs = copy.deepcopy(start)
-        arguments = TrainingArguments(tmp_path, max_steps=3, per_device_train_batch_size=size,
-                                      gradient_accumulation_steps=halves, **WITHOUT_A_GPU)
+        arguments = TrainingArguments(
+            tmp_path, max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=halves, **WITHOUT_A_GPU
+        )
         example("trainer").DistillationTrainer(theirs, teacher, windows, arguments).train()
         assert (logits(theirs) - logits(ours)).norm() < 0.005 * moved
 

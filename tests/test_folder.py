@@ -85,7 +85,9 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(model, saved):
     del first["model-00001-of-00002.safetensors"]
     assert first == second  # the same bytes: saving is deterministic
     assert sorted(contents(saved.parent).items() - {(f"model/{k}", v) for k, v in second.items()}) == [
-        ("model.old/notes.txt", b"mine"), ("model.part/notes.txt", b"mine")]
+        ("model.old/notes.txt", b"mine"),
+        ("model.part/notes.txt", b"mine"),
+    ]
     assert "import lcqat_min.hf" in (saved / "README.md").read_text()
     export_dense(model, saved)
     assert sorted(contents(saved)) == sorted(first.keys() - {"README.md"})
@@ -102,8 +104,14 @@ def killed(*args) -> None:
 class Steps:
     """Counts what changes files; `last` is the step that raises, and after it all do, if it is a death."""
 
-    CHANGES = ((os, "replace"), (shutil, "rmtree"), (pathlib.Path, "unlink"), (pathlib.Path, "rmdir"),
-               (pathlib.Path, "mkdir"), (pathlib.Path, "write_text"))
+    CHANGES = (
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (pathlib.Path, "unlink"),
+        (pathlib.Path, "rmdir"),
+        (pathlib.Path, "mkdir"),
+        (pathlib.Path, "write_text"),
+    )
 
     def __init__(self, patch: pytest.MonkeyPatch, last: int | None, death: bool):
         self.done, self.last, self.death = 0, last, death
@@ -260,7 +268,8 @@ SHARD_DAMAGE = {
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"does not say where the tensors"),
     "short index": (
         lambda f: (f / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"x": tensor_files(f)[0].name}})),
+            json.dumps({"weight_map": {"x": tensor_files(f)[0].name}})
+        ),
         r"is missing, not .*: copy it again|altered since",
     ),
 }
@@ -311,9 +320,13 @@ def test_code_that_came_with_a_model_is_saved_beside_it(tiny_llama, tmp_path, mo
     source = tmp_path / "source"
     tiny_llama().save_pretrained(source)
     config = json.loads((source / "config.json").read_text()) | {
-        "model_type": "mine", "architectures": ["MineForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_mine.MineConfig",
-                     "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}}
+        "model_type": "mine",
+        "architectures": ["MineForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_mine.MineConfig",
+            "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+        },
+    }
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_mine.py").write_text(MODELING)
     (source / "configuration_mine.py").write_text(CONFIGURATION)
@@ -322,8 +335,11 @@ def test_code_that_came_with_a_model_is_saved_beside_it(tiny_llama, tmp_path, mo
     to_storage_precision(model)
     save_packed(model, tmp_path / "packed")
     export_dense(model, tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"load_packed runs no other.*AutoModelForCausalLM.from_pretrained\('.*packed'"
-                                         r", trust_remote_code=True\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"load_packed runs no other.*AutoModelForCausalLM.from_pretrained\('.*packed'"
+        r", trust_remote_code=True\)",
+    ):
         load_packed(tmp_path / "packed")
     assert "trust_remote_code=True" in (tmp_path / "packed" / "README.md").read_text()
     shutil.rmtree(source)

@@ -1,6 +1,6 @@
 """The instructor's guide is true: index and cards agree, tracks add up, links exist, its script does what it says.
 
-    pytest tests/test_guide.py
+pytest tests/test_guide.py
 """
 
 import importlib.util

@@ -15,14 +15,7 @@ import pytest
 import torch
 
 from lcqat_min import QuantConfig, quantize
-from lcqat_min.pack import (
-    PackedLinear,
-    bits_per_weight,
-    export_dense,
-    load_packed,
-    save_packed,
-    to_storage_precision,
-)
+from lcqat_min.pack import PackedLinear, bits_per_weight, export_dense, load_packed, save_packed, to_storage_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -93,12 +86,28 @@ def test_a_dtype_that_is_asked_for_leaves_the_packed_tensors_alone(folder):
                 assert torch.equal(value, original) and value.dtype == original.dtype
 
 
-@pytest.mark.parametrize("how", [
-    {"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True},
-    {"attn_implementation": "eager"}, {"revision": "main"}, {"dtype": "auto"},
-    {"device_map": {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
-                    "lm_head": "cpu"}},
-], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": True},
+        {"attn_implementation": "eager"},
+        {"revision": "main"},
+        {"dtype": "auto"},
+        {
+            "device_map": {
+                "model.embed_tokens": "cpu",
+                "model.layers": "disk",
+                "model.norm": "cpu",
+                "model.rotary_emb": "cpu",
+                "lm_head": "cpu",
+            }
+        },
+    ],
+    ids=str,
+)
 def test_arguments_of_from_pretrained_do_not_change_the_map(how, model, folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -133,8 +142,11 @@ def test_heads_can_be_left_out_added_and_changed(model, folder, tmp_path):
         base = AutoModel.from_pretrained(folder)
         assert torch.allclose(base(input_ids=PROMPT)[0], hidden, atol=1e-4)
         save_packed(base, tmp_path / "base")
-        for loaded in (load_packed(tmp_path / "base"), AutoModelForCausalLM.from_pretrained(tmp_path / "base").model,
-                       AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).model):
+        for loaded in (
+            load_packed(tmp_path / "base"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base").model,
+            AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).model,
+        ):
             assert torch.allclose(loaded(input_ids=PROMPT)[0], hidden, atol=1e-4)
             assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 14
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # the head is tied, so it is there, too

@@ -42,11 +42,14 @@ class Config(SimpleNamespace):
 
 def test_numbers_of_a_text_model_inside_another(tiny_llama, tiny_gpt2):
     inner = SimpleNamespace(vocab_size=11, n_ctx=64)
-    for config, words, window in ((Config(text_config=inner, vocab_size=99, max_position_embeddings=7), 11, 64),
-                                  (Config(text_config=None, vocab_size=11, max_seq_len=32), 11, 32),
-                                  (Config(text_config=["two", "parts"], vocab_size=11, n_positions=5), 11, 5),
-                                  ({"vocab_size": 11}, None, None), ("a name", None, None),
-                                  (SimpleNamespace(vocab_size=None, n_positions=-1), None, None)):
+    for config, words, window in (
+        (Config(text_config=inner, vocab_size=99, max_position_embeddings=7), 11, 64),
+        (Config(text_config=None, vocab_size=11, max_seq_len=32), 11, 32),
+        (Config(text_config=["two", "parts"], vocab_size=11, n_positions=5), 11, 5),
+        ({"vocab_size": 11}, None, None),
+        ("a name", None, None),
+        (SimpleNamespace(vocab_size=None, n_positions=-1), None, None),
+    ):
         assert (vocabulary(Net(config)), longest_window(Net(config))) == (words, window), config
     assert (vocabulary(tiny_llama()), longest_window(tiny_gpt2())) == (97, 256)
 
@@ -67,10 +70,13 @@ def test_tokens_that_a_model_inside_another_does_not_have_are_named(where):
     teacher = copy.deepcopy(model)
     other = Net(Config(text_config=SimpleNamespace(vocab_size=10)))
     quantize(model, [good], SCALAR)
-    calls = {"calibration": lambda: quantize(copy.deepcopy(teacher), [bad], SCALAR),
-             "training": lambda: train(model, [bad], TrainConfig(1), teacher),
-             "text": lambda: perplexity(model, bad[0], 4), "bos": lambda: perplexity(model, good[0], 4, bos=11),
-             "teacher": lambda: kl_to(other, model, torch.arange(11), 4)}
+    calls = {
+        "calibration": lambda: quantize(copy.deepcopy(teacher), [bad], SCALAR),
+        "training": lambda: train(model, [bad], TrainConfig(1), teacher),
+        "text": lambda: perplexity(model, bad[0], 4),
+        "bos": lambda: perplexity(model, good[0], 4, bos=11),
+        "teacher": lambda: kl_to(other, model, torch.arange(11), 4),
+    }
     with pytest.raises(ValueError, match=r"holds tokens from .* to 1[01], the model knows 0 to (10|9): encode"):
         calls[where]()
 
@@ -157,8 +163,13 @@ def test_padding_counts_in_no_training_step(tiny_llama, texts, side, taught):
     quantize(model, [texts[0][None]], ONE_BLOCK)
     losses, steps = [], TrainConfig(1)
     for text in texts:  # each by itself: the loss of a step is that before the step
-        train(copy.deepcopy(model), [text[None]], steps, teacher if taught else None,
-              on_step=lambda step, loss: losses.append(loss))
+        train(
+            copy.deepcopy(model),
+            [text[None]],
+            steps,
+            teacher if taught else None,
+            on_step=lambda step, loss: losses.append(loss),
+        )
     counts = [len(text) - (not taught) for text in texts]
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     rows = train(model, [padded(texts, side)], steps, teacher if taught else None)
@@ -203,15 +214,25 @@ class NoCacheArgument(Net):
 def calls(model: nn.Module) -> list:
     ids, student = torch.arange(10), Net()
     quantize(student, [ids[None]], SCALAR)
-    return [lambda: quantize(model, [ids[None]], SCALAR), lambda: perplexity(model, ids, 5),
-            lambda: kl_to(model, Net(), ids, 5), lambda: train(student, [ids[None]], TrainConfig(1), model)]
+    return [
+        lambda: quantize(model, [ids[None]], SCALAR),
+        lambda: perplexity(model, ids, 5),
+        lambda: kl_to(model, Net(), ids, 5),
+        lambda: train(student, [ids[None]], TrainConfig(1), model),
+    ]
 
 
-@pytest.mark.parametrize(("model", "match"), [
-    (Positional(), "forward of Positional takes tokens, not input_ids and use_cache: wrap it"),
-    (NoCacheArgument(), "takes input_ids, not use_cache: wrap it"),
-    (Net(SimpleNamespace(is_encoder_decoder=True)), "Net has an encoder and a decoder: give a causal language model"),
-])
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (Positional(), "forward of Positional takes tokens, not input_ids and use_cache: wrap it"),
+        (NoCacheArgument(), "takes input_ids, not use_cache: wrap it"),
+        (
+            Net(SimpleNamespace(is_encoder_decoder=True)),
+            "Net has an encoder and a decoder: give a causal language model",
+        ),
+    ],
+)
 def test_models_that_cannot_be_called_as_a_language_model_are_named(model, match):
     for call in calls(model):
         with pytest.raises(ValueError, match=match):
@@ -229,8 +250,10 @@ class Classifier(Net):
         return SimpleNamespace(logits=self.linear(self.embed(input_ids)).mean(1))
 
 
-@pytest.mark.parametrize(("kind", "match"), [(Headless, "SimpleNamespace, no logits for token ids"),
-                                             (Classifier, r"logits \[., 11\] for token ids")])
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [(Headless, "SimpleNamespace, no logits for token ids"), (Classifier, r"logits \[., 11\] for token ids")],
+)
 def test_models_without_logits_for_each_token_are_named_when_these_are_needed(kind, match):
     for call in calls(kind())[1:]:
         with pytest.raises(ValueError, match=f"{kind.__name__} returns {match}.*AutoModelForCausalLM"):

@@ -79,8 +79,13 @@ def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> t
 
 @needs_triton
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])  # the interpreter is too slow to shrink in
-@given(name=st.sampled_from(AFFINE), rows=st.sampled_from(SIZES), columns=st.sampled_from(SIZES),
-       tokens=st.integers(1, 17), limbs=st.sampled_from((2, 3)))
+@given(
+    name=st.sampled_from(AFFINE),
+    rows=st.sampled_from(SIZES),
+    columns=st.sampled_from(SIZES),
+    tokens=st.integers(1, 17),
+    limbs=st.sampled_from((2, 3)),
+)
 def test_fused_product_equals_the_dense_one(name, rows, columns, tokens, limbs):
     book = book_of(name)
     codes, D = packed(book, rows, columns)
@@ -204,8 +209,9 @@ def test_kernels_take_views():
     x, scale = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)), torch.tensor(0.5).expand(40)
     view = codes[:, :32]  # the first 128 inputs
     assert relative(kernels.launch_fused(x.to(DEVICE), view.to(DEVICE), book, 3).cpu(), x @ D[:, :128].T) < 1e-5
-    weight = kernels.launch_dequantize(view.to(DEVICE), cpu.byte_table(book).to(DEVICE), scale.to(DEVICE), 128,
-                                       torch.float16)
+    weight = kernels.launch_dequantize(
+        view.to(DEVICE), cpu.byte_table(book).to(DEVICE), scale.to(DEVICE), 128, torch.float16
+    )
     torch.testing.assert_close(weight.cpu(), (D[:, :128] * 0.5).half(), rtol=1e-3, atol=0)
 
 
@@ -228,8 +234,11 @@ def watched(monkeypatch, program: int) -> tuple[list, list]:
         loads.append(pointers[mask])
         return np.zeros(pointers.shape, dtype)
 
-    monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(
-        load=load, store=lambda pointers, value, mask: stores.append(pointers[mask])))
+    monkeypatch.setattr(
+        interpreter,
+        "_interpreter",
+        SimpleNamespace(load=load, store=lambda pointers, value, mask: stores.append(pointers[mask])),
+    )
     original = interpreter.interpreter_builder.create_get_program_id
 
     def shifted(axis: int):
@@ -247,8 +256,22 @@ def test_fused_kernel_counts_rows_in_64_bits(monkeypatch):
     rows, row_bytes = (program + 1) * kernels.TILE_ROWS, 4096
     codes, digits = torch.zeros(1, dtype=torch.int8), torch.zeros(1, dtype=torch.int8)
     scale, constant, partial = torch.zeros(3, 1).unbind()
-    kernels._jit(kernels.fused_kernel)[1, 1](codes, digits, scale, constant, partial, rows, row_bytes, 1, 3, 1, WIDTH=2,
-                                             COLUMNS=8, ROWS=kernels.TILE_ROWS, BYTES=kernels.TILE_BYTES)
+    kernels._jit(kernels.fused_kernel)[1, 1](
+        codes,
+        digits,
+        scale,
+        constant,
+        partial,
+        rows,
+        row_bytes,
+        1,
+        3,
+        1,
+        WIDTH=2,
+        COLUMNS=8,
+        ROWS=kernels.TILE_ROWS,
+        BYTES=kernels.TILE_BYTES,
+    )
     row = program * kernels.TILE_ROWS + np.arange(kernels.TILE_ROWS)
     assert row[0] * row_bytes > 2**31
     expected = codes.data_ptr() + row[:, None] * row_bytes + np.arange(kernels.TILE_BYTES)
@@ -270,6 +293,7 @@ def test_dequantize_kernel_counts_rows_in_64_bits(monkeypatch):
 
 # --- the torch path ---
 
+
 def exact_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """torch._int_mm as processors that multiply bytes have it: sums of products of int8, exact in fp64."""
     out.copy_(torch.from_numpy(a.numpy().astype(np.float64) @ b.numpy().astype(np.float64)))
@@ -282,8 +306,11 @@ def bytes_multiplied(monkeypatch):
         monkeypatch.setattr(torch, "_int_mm", exact_product)
 
 
-EVERY = [*AFFINE, *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)),
-         *(f"table {d}" for d in (1, 2, 3, 4))]
+EVERY = [
+    *AFFINE,
+    *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)),
+    *(f"table {d}" for d in (1, 2, 3, 4)),
+]
 NUMBERS = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
 
 
@@ -365,8 +392,14 @@ def test_rows_longer_than_32_bits_can_sum_are_decoded(monkeypatch):
 @pytest.mark.parametrize("setting, value", [("ONEDNN_MAX_CPU_ISA", "AVX512_CORE"), ("ATEN_CPU_CAPABILITY", "avx2")])
 def test_processors_without_the_instruction_are_found_out(setting, value):
     program = "from lcqat_min.folded import multiplies_bytes; print(multiplies_bytes())"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, setting: value},
-                            capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, setting: value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.strip() == "False"
 
 
@@ -514,8 +547,15 @@ def trained_layer(rows: int, columns: int, book: AffineCodebook, rotated: bool) 
 
 def arguments_of(layer: AffineLinear) -> tuple:
     book = layer.codebook()
-    return (pack_bits(layer.codes(), book.bits), book, layer.row_scale, layer.bias, layer.col_scale, layer.signs_in,
-            layer.signs_out)
+    return (
+        pack_bits(layer.codes(), book.bits),
+        book,
+        layer.row_scale,
+        layer.bias,
+        layer.col_scale,
+        layer.signs_in,
+        layer.signs_out,
+    )
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -564,8 +604,8 @@ def test_packed_linear_passes_the_gradient_to_x(on_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
     layer = trained_layer(40, 96, book_of("planes 4"), True)
     x = torch.randn(2, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    ours, = torch.autograd.grad(kernels.packed_linear(x, *arguments_of(layer)).square().sum(), x)
-    theirs, = torch.autograd.grad(layer(x).square().sum(), x)
+    (ours,) = torch.autograd.grad(kernels.packed_linear(x, *arguments_of(layer)).square().sum(), x)
+    (theirs,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -656,8 +696,13 @@ def test_import_touches_nothing_and_triton_may_be_missing():
 @needs_triton
 def test_kernels_compile_for_a_gpu_within_their_bars():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "scripts/check_kernels.py", "--quick"], cwd=ROOT, env=environment,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "scripts/check_kernels.py", "--quick"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("sm_90") == 4 and "0 failed" in result.stdout
 
@@ -667,8 +712,18 @@ def test_checker_of_machine_code_counts_loops_and_complains():
     check = importlib.util.module_from_spec(spec)
     sys.modules["check_kernels"] = check  # dataclasses look their module up
     spec.loader.exec_module(check)
-    lines = [("", "MOV"), (".L_1", ""), ("", "LOP3"), (".L_2", ""), ("", "IMMA"), ("", "@P0 BRA `(.L_2)"),
-             ("", "@P1 BRA `(.L_1)"), ("", "BRA `(.L_3)"), (".L_3", ""), ("", "EXIT")]
+    lines = [
+        ("", "MOV"),
+        (".L_1", ""),
+        ("", "LOP3"),
+        (".L_2", ""),
+        ("", "IMMA"),
+        ("", "@P0 BRA `(.L_2)"),
+        ("", "@P1 BRA `(.L_1)"),
+        ("", "BRA `(.L_3)"),
+        (".L_3", ""),
+        ("", "EXIT"),
+    ]
     assert check.longest_loop(lines, r"\bBRA\b.*?(\.L\w+)") == 4
     good = {"target": "sm_90", "spills": 0, "shared": 1024, "bar": 3.5, "instructions_per_weight": 3.5}
     assert check.complaint(good) == ""

@@ -84,11 +84,14 @@ def test_a_weight_that_is_rescaled_when_the_mode_changes_goes_on_to_be(before):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("use", [
-    None,
-    lambda model, x: model.second(x.to(model.second.weight.dtype).to(model.second.weight.device)),
-    lambda model, x: model.second(x) * model.second.weight.shape[0] + model.second.bias,
-])
+@pytest.mark.parametrize(
+    "use",
+    [
+        None,
+        lambda model, x: model.second(x.to(model.second.weight.dtype).to(model.second.weight.device)),
+        lambda model, x: model.second(x) * model.second.weight.shape[0] + model.second.bias,
+    ],
+)
 def test_what_asks_a_weight_for_its_dtype_or_shape_only_is_quantized(use):
     model = Net(use)
     assert [report.name for report in quantize(model, [IDS], SCALAR)] == ["first", "second"]
@@ -124,8 +127,10 @@ def test_architectures_that_do_so(recwarn):
     shape = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2}
     mamba = MambaForCausalLM(MambaConfig(**shape, state_size=4, time_step_rank=4)).eval()
     rwkv = RwkvForCausalLM(RwkvConfig(**shape, rescale_every=1, attention_hidden_size=16, intermediate_size=16)).eval()
-    for model, some, stay in ((mamba, "mixer.in_proj", {"mixer.dt_proj"}),
-                              (rwkv, "attention.key", {"attention.output", "feed_forward.value"})):
+    for model, some, stay in (
+        (mamba, "mixer.in_proj", {"mixer.dt_proj"}),
+        (rwkv, "attention.key", {"attention.output", "feed_forward.value"}),
+    ):
         before = {name.split(".", 3)[-1] for name, _ in linear_layers(model)}
         quantize(model, [IDS], SCALAR)
         after = {name.split(".", 3)[-1] for name, _ in quant_layers(model)}
@@ -218,15 +223,22 @@ def llava() -> nn.Module:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=16, patch_size=8),
-        text_config=LlamaConfig(**shape, vocab_size=11), image_token_index=10))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**shape, image_size=16, patch_size=8),
+            text_config=LlamaConfig(**shape, vocab_size=11),
+            image_token_index=10,
+        )
+    )
 
 
 def test_what_lies_outside_of_the_language_model_stays():
     model = llava()
-    tower = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-             and name.startswith(("model.vision_tower", "model.multi_modal_projector"))]
+    tower = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("model.vision_tower", "model.multi_modal_projector"))
+    ]
     assert left_alone(model) == dict.fromkeys(tower, OUTSIDE) and len(tower) == 8
     match = "not quantized: model.vision_tower.* and 4 more; no text reaches them"
     with pytest.warns(RuntimeWarning, match=match) as seen:

@@ -22,8 +22,12 @@ from lcqat_min.linear import MARGIN, AffineLinear, QuantLinear, StepLinear, Tabl
 from lcqat_min.rotate import hadamard, random_signs
 
 ROTATIONS = ("none", "input", "both")
-KINDS = [("scalar", 1), ("step", 1), *((kind, d) for kind in ("lattice", "planes") for d in (1, 2, 4, 8)),
-         *(("table", d) for d in (1, 2, 4))]
+KINDS = [
+    ("scalar", 1),
+    ("step", 1),
+    *((kind, d) for kind in ("lattice", "planes") for d in (1, 2, 4, 8)),
+    *(("table", d) for d in (1, 2, 4)),
+]
 SMOOTH = [("scalar", 1), ("lattice", 4), ("planes", 4), ("planes", 8), ("table", 2)]
 
 
@@ -49,7 +53,13 @@ def some_rounded(book: cb.Codebook, rows: int, width: int, generator: torch.Gene
 
 
 def some_layer(
-    kind: str, d: int, rows: int, width: int, rotate: str, generator: torch.Generator, bias: bool = False,
+    kind: str,
+    d: int,
+    rows: int,
+    width: int,
+    rotate: str,
+    generator: torch.Generator,
+    bias: bool = False,
     estimator: str = "ste",
 ) -> tuple[QuantLinear, Rounded]:
     """A layer of a kind with random codes, scales and (if asked) bias."""
@@ -128,8 +138,12 @@ def test_forward_is_the_dense_formula(kind, d, rotate, generator):
 
 
 @pytest.mark.parametrize("levels", [2, 4])
-@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.0, 0.3, 3.0, 1e6]), d=st.integers(1, 4),
-       on_codes=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 1e6]),
+    d=st.integers(1, 4),
+    on_codes=st.booleans(),
+)
 def test_starting_latents_round_to_their_codes(levels, seed, spread, d, on_codes):
     generator = torch.Generator().manual_seed(seed)
     book = some_codebook("planes" if levels == 2 else "lattice", d, generator)
@@ -246,9 +260,11 @@ def test_gradients_are_the_chain_rule(kind, d, estimator, generator):
     u, top = ((latent + 1) / 2, 1) if layer.levels == 2 else (latent, 3)
     expected = {
         "latent": (per_vector @ layer.A.double()).view(latent.shape) * surrogate(u, top, estimator),
-        "A": per_vector.T @ q, "b": per_vector.sum(0),
+        "A": per_vector.T @ q,
+        "b": per_vector.sum(0),
         "row_scale": (dM * decoded[:, :width]).sum(1),
-        "col_scale": (dW * dense(layer) / c).sum(0), "bias": upstream.double().sum(0),
+        "col_scale": (dW * dense(layer) / c).sum(0),
+        "bias": upstream.double().sum(0),
     }
     assert set(expected) == {name for name, _ in layer.named_parameters()}
     for name, parameter in layer.named_parameters():

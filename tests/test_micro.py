@@ -158,8 +158,17 @@ def as_package(model: nn.Module) -> nn.Module:
         out, groups, k = layer.latent.shape
         book, index = AffineCodebook(layer.A.detach(), layer.b.detach(), 2), micro.index_of(layer.latent)
         rounded = Rounded(book, index, layer.row_scale.detach(), torch.zeros(out, groups * 4), torch.zeros(out))
-        made = AffineLinear(len(layer.signs_in), out, rounded, layer.bias, layer.signs_in, layer.signs_out, "ste",
-                            learn_codebook=True, start_on_codes=False)
+        made = AffineLinear(
+            len(layer.signs_in),
+            out,
+            rounded,
+            layer.bias,
+            layer.signs_in,
+            layer.signs_out,
+            "ste",
+            learn_codebook=True,
+            start_on_codes=False,
+        )
         made.latent.data = layer.latent.detach().flatten(1).clone()
         model.set_submodule(name, made)
     return model
@@ -322,14 +331,17 @@ def test_rows_and_layers_of_zeros_stay_zero(net):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("width", r"'hidden.2': 4 must divide its inputs"),
-    ("weight", r"'hidden.1'.* must be finite"),
-    ("input", r"'hidden.0'.* must be finite"),
-    ("unused", r"'spare'.* not all zero"),
-    ("empty", r"'hidden.0'.* not all zero"),
-    ("one row", r"token ids, integers \[batch, T\]: cut a tensor of windows by windows.split"),
-])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("width", r"'hidden.2': 4 must divide its inputs"),
+        ("weight", r"'hidden.1'.* must be finite"),
+        ("input", r"'hidden.0'.* must be finite"),
+        ("unused", r"'spare'.* not all zero"),
+        ("empty", r"'hidden.0'.* not all zero"),
+        ("one row", r"token ids, integers \[batch, T\]: cut a tensor of windows by windows.split"),
+    ],
+)
 def test_what_cannot_be_quantized_is_named_and_the_model_stays(net, fault, message):
     batches = ids(4)
     if fault == "width":

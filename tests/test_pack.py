@@ -67,8 +67,15 @@ def llama(width: int = 32, inner: int = 48, tied: bool = True) -> torch.nn.Modul
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=97, hidden_size=width, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=1,
-        head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2,
+        vocab_size=97,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
@@ -299,8 +306,13 @@ def test_an_export_has_the_names_of_published_checkpoints(architecture, tmp_path
     """transformers renames the head of one and fuses the experts of the other while it loads them."""
     import transformers
 
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-             "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     experts = {"num_key_value_heads": 2, "num_local_experts": 2} if architecture == "Mixtral" else {}
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(**sizes, **experts)
@@ -429,7 +441,8 @@ def test_buffers_count_and_keep_their_dtype(planes, tmp_path, monkeypatch):
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert bits.bytes == sum(tensor.nbytes for tensor in stored.values()) and torch.equal(stored["seen"], planes.seen)
     assert before.parts["other"] - bits.parts["other"] == 16 * sum(
-        p.numel() for name, p in planes.named_parameters() if "norm" in name)
+        p.numel() for name, p in planes.named_parameters() if "norm" in name
+    )
     del planes.seen
     with pytest.raises(ValueError, match="'seen' first: loaded again"):
         save_packed(planes, tmp_path / "again")

@@ -154,7 +154,9 @@ def test_a_wheel_holds_what_the_main_job_needs_and_no_more(installed):
     code = {f"lcqat_min/{path.name}" for path in (ROOT / "lcqat_min").glob("*.py")}
     model = {f"lcqat_min/bundled/models/doc-llama/{path.name}" for path in (ROOT / "models" / "doc-llama").iterdir()}
     assert {name.replace(os.sep, "/") for name in files if "dist-info" not in name} == {
-        *code, *model, "lcqat_min/bundled/results/compare.json"
+        *code,
+        *model,
+        "lcqat_min/bundled/results/compare.json",
     }
     for name in (*model, "lcqat_min/bundled/results/compare.json"):
         assert (installed / name).read_bytes() == (ROOT / name.removeprefix("lcqat_min/bundled/")).read_bytes()

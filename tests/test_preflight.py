@@ -76,7 +76,8 @@ def test_an_unforeseen_failure_is_one_line(monkeypatch):
         raise OSError("no such device")
 
     assert preflight._verdict(broken) == (
-        False, "OSError: no such device. Run `make setup` again; if it stays, report this line."
+        False,
+        "OSError: no such device. Run `make setup` again; if it stays, report this line.",
     )
 
 
@@ -99,16 +100,26 @@ def test_memory_is_the_least_of_what_system_and_groups_leave(linux):
     assert machine.free_memory() == (8_192_000_000, False)
     linux(**{"cgroup/a/b/memory.max": "max\n", "cgroup/a/b/memory.current": "5\n"})
     assert machine.free_memory() == (8_192_000_000, False)
-    linux(**{"cgroup/a/memory.max": "2000000000\n", "cgroup/a/memory.current": "1500000000\n",
-             "cgroup/a/memory.stat": "anon 1\ninactive_file 400000000\n"})
+    linux(
+        **{
+            "cgroup/a/memory.max": "2000000000\n",
+            "cgroup/a/memory.current": "1500000000\n",
+            "cgroup/a/memory.stat": "anon 1\ninactive_file 400000000\n",
+        }
+    )
     assert machine.free_memory() == (900_000_000, True)
     with pytest.raises(preflight.Problem, match="0.9 GB are free.*control group.*docker run --memory"):
         preflight.memory()
 
 
 def test_memory_of_version_1_groups_whose_path_is_that_outside(linux):
-    linux(**{"proc/self/cgroup": "3:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n",
-             "cgroup/memory/memory.limit_in_bytes": "1000", "cgroup/memory/memory.usage_in_bytes": "1500"})
+    linux(
+        **{
+            "proc/self/cgroup": "3:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n",
+            "cgroup/memory/memory.limit_in_bytes": "1000",
+            "cgroup/memory/memory.usage_in_bytes": "1500",
+        }
+    )
     assert machine.free_memory() == (0, True)
 
 
@@ -118,11 +129,18 @@ def test_memory_of_a_system_that_does_not_say(tmp_path, monkeypatch):
     assert machine.others(0.01) == []
 
 
-@pytest.mark.parametrize("files", [
-    {"cgroup/a/b/cpu.max": "50000 100000\n", "cgroup/a/cpu.max": "max 100000\n"},
-    {"proc/self/cgroup": "3:cpu:/a\n", "cgroup/cpu/a/cpu.cfs_quota_us": "50000",
-     "cgroup/cpu/a/cpu.cfs_period_us": "100000", "cgroup/cpu/cpu.cfs_quota_us": "-1"},
-])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"cgroup/a/b/cpu.max": "50000 100000\n", "cgroup/a/cpu.max": "max 100000\n"},
+        {
+            "proc/self/cgroup": "3:cpu:/a\n",
+            "cgroup/cpu/a/cpu.cfs_quota_us": "50000",
+            "cgroup/cpu/a/cpu.cfs_period_us": "100000",
+            "cgroup/cpu/cpu.cfs_quota_us": "-1",
+        },
+    ],
+)
 def test_cores_are_what_a_group_allows(linux, files, monkeypatch):
     monkeypatch.setattr(preflight, "others", lambda: [])
     monkeypatch.setattr(preflight.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)

@@ -306,9 +306,7 @@ def test_windows_are_consecutive_pieces(length, window):
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**31))
 def test_an_epoch_shows_each_window_at_most_once(count, window, batch_size, seed):
     batch_size = min(batch_size, count)
-    stream = text.batches(
-        torch.arange(count * window), window, batch_size, torch.Generator().manual_seed(seed)
-    )
+    stream = text.batches(torch.arange(count * window), window, batch_size, torch.Generator().manual_seed(seed))
     for _ in range(3):
         epoch = torch.cat([next(stream) for _ in range(count // batch_size)])
         assert epoch.shape == (count // batch_size * batch_size, window)

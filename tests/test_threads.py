@@ -21,8 +21,9 @@ sys.meta_path.insert(0, Watch())
 """
 
 
-@pytest.mark.parametrize("first, own", [("import lcqat_min.cli", None), ("import lcqat_min", "active"),
-                                        ("from course import check", None)])
+@pytest.mark.parametrize(
+    "first, own", [("import lcqat_min.cli", None), ("import lcqat_min", "active"), ("from course import check", None)]
+)
 def test_threads_are_told_before_torch_reads_it(first, own):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"} | ({"OMP_WAIT_POLICY": own} if own else {})

@@ -91,8 +91,13 @@ def test_what_is_trainable_moves_and_nothing_else(pair, kind, learn):
     teacher, model = pair(kind, learn_codebook=learn)
     model.model.layers[1].mlp.requires_grad_(False)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    named = {"scalar": {"latent", "A", "b"}, "lattice": {"latent", "A", "b"}, "planes": {"latent", "A", "b"},
-             "step": {"latent"}, "table": {"table"}}[kind] | {"row_scale", "col_scale"}
+    named = {
+        "scalar": {"latent", "A", "b"},
+        "lattice": {"latent", "A", "b"},
+        "planes": {"latent", "A", "b"},
+        "step": {"latent"},
+        "table": {"table"},
+    }[kind] | {"row_scale", "col_scale"}
     layer = "model.layers.0.self_attn.q_proj"
     frozen = set() if learn else {"A", "b", "table"}
     assert {name.rpartition(".")[2] for name in trainable if name.startswith(layer)} == named - frozen
@@ -136,8 +141,14 @@ def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
     for name, p in model.named_parameters():
         moved, last = (p - before[name]).abs().median().item(), name.rpartition(".")[2]
         size = before[name[:-1] + "A" if last == "b" else name].square().mean().sqrt().item()
-        expected = {"latent": 0.03 * width.get(name, 0), "row_scale": 2e-3 * size, "col_scale": 2e-3 * size,
-                    "A": 3e-3 * size, "b": 3e-3 * size, "table": 3e-3 * size}.get(last, 4e-4)
+        expected = {
+            "latent": 0.03 * width.get(name, 0),
+            "row_scale": 2e-3 * size,
+            "col_scale": 2e-3 * size,
+            "A": 3e-3 * size,
+            "b": 3e-3 * size,
+            "table": 3e-3 * size,
+        }.get(last, 4e-4)
         if name.endswith("embed_tokens.weight"):  # most tokens were not seen, but all are predicted
             assert (p - before[name]).abs().max().item() == pytest.approx(expected, rel=0.02)
         assert moved == pytest.approx(expected, rel=0.02), name
@@ -157,8 +168,11 @@ def test_every_trainable_tensor_is_in_one_group(pair, kind):
     _, model = pair(kind)
     groups = parameter_groups(model, TrainConfig(1))
     assert [group["name"] for group in groups] == [name for name, _ in model.named_parameters()]
-    kinds = {"latent": "latents", **dict.fromkeys(("row_scale", "col_scale"), "scales"),
-             **dict.fromkeys(("A", "b", "table"), "codebooks")}
+    kinds = {
+        "latent": "latents",
+        **dict.fromkeys(("row_scale", "col_scale"), "scales"),
+        **dict.fromkeys(("A", "b", "table"), "codebooks"),
+    }
     for group in groups:
         assert group["kind"] == kinds.get(group["name"].rpartition(".")[2], "rest")
         assert group["full_lr"] > 0
@@ -173,12 +187,16 @@ def test_rows_of_the_history(pair):
     assert [row["tokens"] for row in history] == [96, 192, 224]
     assert [row["rate"] for row in history] == [config.rate(step) for step in (2, 5, 6)]
     assert [row["loss"] for row in history] == [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
-    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters()
-                       if name.endswith("latent")])
+    moved = torch.cat(
+        [(p.detach() - before[name]).flatten() for name, p in model.named_parameters() if name.endswith("latent")]
+    )
     assert history[-1]["moved_latents"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-5)
     for row in history:
-        assert all(row[f"{what}_{kind}"] > 0 for what in ("grad", "moved")
-                   for kind in ("latents", "scales", "codebooks", "rest"))
+        assert all(
+            row[f"{what}_{kind}"] > 0
+            for what in ("grad", "moved")
+            for kind in ("latents", "scales", "codebooks", "rest")
+        )
 
 
 def test_a_teacher_is_evaluated_and_not_changed(tiny_gpt2, generator):
@@ -426,14 +444,17 @@ def test_a_model_cannot_teach_itself(pair):
         train(model, stream(), TrainConfig(1), teacher=model)
 
 
-@pytest.mark.parametrize(("wrong", "match"), [
-    ({"steps": 0}, "steps 0"),
-    ({"steps": 1, "log_every": 0}, "log_every 0"),
-    ({"steps": 1, "checkpoint_every": 0}, "checkpoint_every 0"),
-    ({"steps": 9, "warmup": 0.6, "decay": 0.5}, "warmup 0.6 and decay 0.5"),
-    ({"steps": 9, "warmup": -0.1}, "warmup -0.1"),
-    ({"steps": 9, "clip": 0.0}, "clip is 0.0.*above 0"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"steps": 1, "log_every": 0}, "log_every 0"),
+        ({"steps": 1, "checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"steps": 9, "warmup": 0.6, "decay": 0.5}, "warmup 0.6 and decay 0.5"),
+        ({"steps": 9, "warmup": -0.1}, "warmup -0.1"),
+        ({"steps": 9, "clip": 0.0}, "clip is 0.0.*above 0"),
+    ],
+)
 def test_wrong_settings(wrong, match):
     with pytest.raises(ValueError, match=match):
         TrainConfig(**wrong)
@@ -523,8 +544,15 @@ def test_accelerate_in_one_process_gives_the_plain_result(pair, tmp_path):
     try:
         _, stopped = pair("planes")
         with pytest.raises(Stop):
-            train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(4),
-                  accelerator=Accelerator(cpu=True))
+            train(
+                stopped,
+                stream(),
+                RUN,
+                teacher,
+                checkpoint=path,
+                on_step=stop_after(4),
+                accelerator=Accelerator(cpu=True),
+            )
         _, other = pair("planes")
         history = train(other, stream(), RUN, teacher, checkpoint=path, accelerator=Accelerator(cpu=True))
     finally:
@@ -659,8 +687,10 @@ def test_batches_that_are_none_are_named(pair, batch):
 def test_tokens_of_another_tokenizer_are_named(pair):
     teacher, model = pair("planes")
     words = model.config.vocab_size
-    for batch, what in ((torch.tensor([[0, words]]), f"to {words}, the model knows 0 to {words - 1}"),
-                        (torch.tensor([[-1, 3]]), "from -1 to 3")):
+    for batch, what in (
+        (torch.tensor([[0, words]]), f"to {words}, the model knows 0 to {words - 1}"),
+        (torch.tensor([[-1, 3]]), "from -1 to 3"),
+    ):
         with pytest.raises(ValueError, match=f"a training batch holds tokens .*{what}"):
             train(model, [batch], TrainConfig(1), teacher)
         with pytest.raises(ValueError, match=f"a calibration batch holds tokens .*{what}"):

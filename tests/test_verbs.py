@@ -163,8 +163,9 @@ def short(place):
     """The folder of a GPT-2 that knows 16 positions in a table, with the bundled tokenizer."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=4096, n_embd=16, n_inner=24, n_layer=1, n_head=2, n_positions=16, bos_token_id=0,
-                        eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=4096, n_embd=16, n_inner=24, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
     GPT2LMHeadModel(config).save_pretrained(place / "short")
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(place / "short")
     return place / "short"
@@ -249,8 +250,9 @@ def test_two_processes_do_not_make_one_folder(place, packed, tmp_path, capsys):
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(place, tmp_path, capsys, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
     load(place / "model")[1].save_pretrained(tmp_path / "small")
     monkeypatch.chdir(tmp_path)
@@ -290,8 +292,20 @@ def test_values_that_mean_nothing_are_refused(args, message, capsys):
 def test_the_largest_seed_works(place, tmp_path):
     args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "planes")
     assert call("quantize", *args, "--seed", 2**63 - 1, "--out", tmp_path / "out") == 0
-    assert call("train", tmp_path / "out", "--teacher", place / "model", *args[2:6], "--seed", 2**63 - 1, "--out",
-                tmp_path / "t") == 0
+    assert (
+        call(
+            "train",
+            tmp_path / "out",
+            "--teacher",
+            place / "model",
+            *args[2:6],
+            "--seed",
+            2**63 - 1,
+            "--out",
+            tmp_path / "t",
+        )
+        == 0
+    )
 
 
 def test_a_full_disk_is_one_line(place, tmp_path, capsys, monkeypatch):

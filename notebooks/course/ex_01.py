@@ -52,11 +52,15 @@ def _expect_index(got: object, wanted: int, e: torch.Tensor, inputs: str) -> Non
     if isinstance(got, torch.Tensor) and got.numel() != 1:
         raise Wrong(f"The result holds {got.numel()} numbers; one index, or -1, is wanted.")
     if wanted == -1 and int(got) != -1:
-        raise Wrong(f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, no move lowers e H e^T: -1 is right; "
-                    f"you return {int(got)}. Is the change of your best move below zero?")
+        raise Wrong(
+            f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, no move lowers e H e^T: -1 is right; "
+            f"you return {int(got)}. Is the change of your best move below zero?"
+        )
     if int(got) != wanted:
-        raise Wrong(f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, {wanted} is right; you return "
-                    f"{int(got)}. Check the formula: 2 m (e H)_j + m^2 H_jj, m of the sign opposite to e_j.")
+        raise Wrong(
+            f"For e = {[round(v, 2) for v in e.tolist()]} and {inputs}, {wanted} is right; you return "
+            f"{int(got)}. Check the formula: 2 m (e H)_j + m^2 H_jj, m of the sign opposite to e_j."
+        )
 
 
 def _best_by_trying(e: torch.Tensor, step: float, H: torch.Tensor) -> int:

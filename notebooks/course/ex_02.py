@@ -22,12 +22,16 @@ def _expect_indices(got: object, wanted: list[int], case: str) -> None:
     if not isinstance(got, torch.Tensor):
         raise Wrong(f"The result is a {type(got).__name__}; a tensor of {len(wanted)} indices is wanted.")
     if got.shape != (len(wanted),):
-        raise Wrong(f"The result has shape {list(got.shape)}; one index a vector, [{len(wanted)}], is wanted. "
-                    "Along which dimension do you take the argmax?")
+        raise Wrong(
+            f"The result has shape {list(got.shape)}; one index a vector, [{len(wanted)}], is wanted. "
+            "Along which dimension do you take the argmax?"
+        )
     if (off := (got != torch.tensor(wanted)).nonzero().flatten()).numel():
         n = off[0].item()
-        raise Wrong(f"With {case}: vector {n} is nearest to codeword {wanted[n]}, you return {got[n].item()}. "
-                    "The largest score wins. Long codewords have large products: half of |w|^2 has to come off.")
+        raise Wrong(
+            f"With {case}: vector {n} is nearest to codeword {wanted[n]}, you return {got[n].item()}. "
+            "The largest score wins. Long codewords have large products: half of |w|^2 has to come off."
+        )
 
 
 @exercise
@@ -38,8 +42,11 @@ def cell_means(answer):
     got = answer(x.clone(), index, table.clone())
     if isinstance(got, torch.Tensor) and got.shape == table.shape and not torch.equal(got[1], table[1]):
         raise Wrong(f"Codeword 1 serves no vector and should stay at [9, 9]; you return {got[1].tolist()}.")
-    expect_close(got, torch.tensor([[2.0, 1.0], [9.0, 9.0], [5.0, 5.0]]),
-                 "the table after vectors [1, 0] and [3, 2] went to codeword 0, [5, 5] to codeword 2")
+    expect_close(
+        got,
+        torch.tensor([[2.0, 1.0], [9.0, 9.0], [5.0, 5.0]]),
+        "the table after vectors [1, 0] and [3, 2] went to codeword 0, [5, 5] to codeword 2",
+    )
     generator = torch.Generator().manual_seed(3)
     x, index = torch.randn(200, 4, generator=generator), torch.randint(0, 20, (200,), generator=generator)
     wanted = torch.stack([x[index == k].mean(0) for k in range(20)])
@@ -50,7 +57,12 @@ def cell_means(answer):
 def largest_dimension(answer):
     small = 256**2
     cases = [
-        (small, 0.25, 4), (small, 0.24, 3), (small, 128.0, 8), (small, 0.0001, 0), (4096**2, 0.1, 6), (256, 2.0, 2),
+        (small, 0.25, 4),
+        (small, 0.24, 3),
+        (small, 128.0, 8),
+        (small, 0.0001, 0),
+        (4096**2, 0.1, 6),
+        (256, 2.0, 2),
     ]
     for weights, budget, wanted in cases:
         got = answer(weights, budget)
@@ -58,6 +70,8 @@ def largest_dimension(answer):
             raise Wrong("The result is None: does the function return d?")
         if got != wanted:
             d = got if isinstance(got, int) and wanted < got < 20 else max(1, wanted)  # too dear, or affordable
-            raise Wrong(f"For {weights} weights and {budget} bits a weight {wanted} is right; you return {got}. The "
-                        f"table of d = {d} has {d} x {4**d} numbers of 16 bits: {16 * d * 4**d / weights:.4g} bits a "
-                        "weight.")
+            raise Wrong(
+                f"For {weights} weights and {budget} bits a weight {wanted} is right; you return {got}. The "
+                f"table of d = {d} has {d} x {4**d} numbers of 16 bits: {16 * d * 4**d / weights:.4g} bits a "
+                "weight."
+            )

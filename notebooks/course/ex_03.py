@@ -62,5 +62,7 @@ def encode_symmetric(answer: Callable) -> None:
         least = (x[:, None] - words).square().sum(2).amin(1)
         worse = int((error > least + 1e-4).sum())
         if worse:
-            raise Wrong(f"With {name}, {worse} of 300 vectors got a codeword that is not the nearest. Do the scores"
-                        " subtract half of the squared length, and does the sign choose between i and 255 - i?")
+            raise Wrong(
+                f"With {name}, {worse} of 300 vectors got a codeword that is not the nearest. Do the scores"
+                " subtract half of the squared length, and does the sign choose between i and 255 - i?"
+            )

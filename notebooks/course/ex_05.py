@@ -44,11 +44,17 @@ def feedback_from_the_front(answer):
     H = torch.tensor([[2.5, 2.0], [2.0, 2.5]])
     expect_close(answer(torch.tensor([0.9, 0.3]), H), [0.5, 0.5], "w = (0.9, 0.3) with the H of section 1")
     # The first goes to 0.5 and misses 0.4, so the second aims at 0.9 + 0.8 * 0.4 = 1.22.
-    expect_close(answer(torch.tensor([0.9, 0.9]), H), [0.5, 1.5],
-                 "w = (0.9, 0.9): the second weight aims at 0.9 + 0.8 * 0.4, and the row")
+    expect_close(
+        answer(torch.tensor([0.9, 0.9]), H),
+        [0.5, 1.5],
+        "w = (0.9, 0.9): the second weight aims at 0.9 + 0.8 * 0.4, and the row",
+    )
     lopsided = torch.tensor([[4.0, 1.0], [1.0, 1.0]])  # second makes up by H_12 / H_22 = 1, not H_12 / H_11 = 1/4
-    expect_close(answer(torch.tensor([0.9, 0.8]), lopsided), [0.5, 1.5],
-                 "w = (0.9, 0.8) with H = [[4, 1], [1, 1]]: the second weight aims at 0.8 + 0.4, and the row")
+    expect_close(
+        answer(torch.tensor([0.9, 0.8]), lopsided),
+        [0.5, 1.5],
+        "w = (0.9, 0.8) with H = [[4, 1], [1, 1]]: the second weight aims at 0.8 + 0.4, and the row",
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         inputs = torch.randn(30, 5, generator=generator) + torch.randn(30, 1, generator=generator)

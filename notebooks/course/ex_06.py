@@ -44,8 +44,14 @@ def vector_gradients(answer):
 @exercise
 def walk_to_flip(answer):
     cases = [
-        (1.2, -1.0, 0.08, "ste"), (1.2, 1.0, 0.08, "ste"), (1.0, -1.0, 0.08, "dge"), (1.45, -1.0, 0.01, "dge"),
-        (3.8, 1.0, 0.08, "clipped"), (3.8, 1.0, 0.08, "ste"), (2.0, -2.0, 0.03, "clipped"), (2.9, -1.0, 0.1, "ste"),
+        (1.2, -1.0, 0.08, "ste"),
+        (1.2, 1.0, 0.08, "ste"),
+        (1.0, -1.0, 0.08, "dge"),
+        (1.45, -1.0, 0.01, "dge"),
+        (3.8, 1.0, 0.08, "clipped"),
+        (3.8, 1.0, 0.08, "ste"),
+        (2.0, -2.0, 0.03, "clipped"),
+        (2.9, -1.0, 0.1, "ste"),
     ]
     for case in cases:
         got, wanted = answer(*case), _steps(*case)

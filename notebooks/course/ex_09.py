@@ -35,8 +35,10 @@ def bits_a_weight(answer: Callable) -> None:
     expect_close(got, wanted, "bits a weight of [256, 256] with d = 4 (17,544 bytes)", 1e-9)
     got = answer(7, 10, 3)
     if not math.isclose(got, 8 * 100 / 70, rel_tol=1e-9):
-        raise Wrong(f"[7, 10] with d = 3 takes 100 bytes, {800 / 70:.4f} bits a weight; you found {got:.4f}. "
-                    "Vectors, bytes of a row and bytes of signs are rounded up, each by itself.")
+        raise Wrong(
+            f"[7, 10] with d = 3 takes 100 bytes, {800 / 70:.4f} bits a weight; you found {got:.4f}. "
+            "Vectors, bytes of a row and bytes of signs are rounded up, each by itself."
+        )
 
 
 @exercise
@@ -45,8 +47,10 @@ def code_entropy(answer: Callable) -> None:
     if isinstance(got, float) and abs(got - math.log(4)) < 1e-6:
         raise Wrong("That is in nats; bits want log2.")
     if isinstance(got, float) and abs(got - 1.0) < 1e-6:
-        raise Wrong("Four codewords used equally often carry 2 bits a vector; you found half of it. Bits a "
-                    "vector are wanted, whatever the number of weights in it.")
+        raise Wrong(
+            "Four codewords used equally often carry 2 bits a vector; you found half of it. Bits a "
+            "vector are wanted, whatever the number of weights in it."
+        )
     expect_close(got, 2.0, "the entropy of four codewords used equally often", 1e-6)
     got = answer(torch.tensor([5, 5, 5, 9]), 8)
     if got is not None and math.isnan(got):

@@ -69,8 +69,12 @@ def never_says_zero(weights, budget):
 
 
 WRONG = {
-    "nearest_by_products": [forgets_the_length, takes_off_the_whole_length, takes_the_smallest,
-                            best_vector_of_each_codeword],
+    "nearest_by_products": [
+        forgets_the_length,
+        takes_off_the_whole_length,
+        takes_the_smallest,
+        best_vector_of_each_codeword,
+    ],
     "cell_means": [sums_instead_of_means, empty_cells_become_nan, empty_cells_become_zero, counts_the_old_codeword],
     "largest_dimension": [forgets_the_width, forgets_sixteen_bits, one_too_many, never_says_zero],
 }

@@ -75,6 +75,9 @@ WRONG = {
     "split_digit": [lo_is_a_half, high_and_low_swapped, lo_by_size, only_one_tensor],
     "decode_by_halves": [offset_in_both_tables, offset_forgotten, halves_swapped, shift_by_two],
     "encode_symmetric": [
-        length_forgotten, whole_square_subtracted, upper_half_only, partner_is_the_same_place_in_the_lower_half,
+        length_forgotten,
+        whole_square_subtracted,
+        upper_half_only,
+        partner_is_the_same_place_in_the_lower_half,
     ],
 }

@@ -63,8 +63,7 @@ def frozen_ones_too(module, x):
 
 def fooled_by_old_gradients(module, x):
     backward(module, x)
-    return {name for name, p in module.named_parameters()
-            if p.requires_grad and (p.grad is None or not p.grad.any())}
+    return {name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
 
 
 WRONG = {

@@ -80,6 +80,10 @@ WRONG = {
     "distance_to_teacher": [the_other_way_round, averages_the_vocabulary, sums_the_tokens, overflows],
     "steps_to_flip": [ignores_the_schedule, stops_inside_a_long_run, doubles_the_run],
     "which_is_better": [
-        compares_means, trusts_two_seeds, ranges_apart_are_enough, takes_the_narrower_range, larger_is_better,
+        compares_means,
+        trusts_two_seeds,
+        ranges_apart_are_enough,
+        takes_the_narrower_range,
+        larger_is_better,
     ],
 }
