@@ -3,11 +3,11 @@
     python examples/trainer.py my-2-bit-model Qwen/Qwen3-0.6B notes.txt my-trained-model
 
 Three things are not the Trainer's own: the loss, which is the distance to the unquantized model; the optimizer, since
-each kind of parameter has a rate in a unit of its own (train.py); and saving, which is save_packed's work. All else
+each kind of parameter has a rate in a unit of its own (qat/loop.py); and saving, which is save_packed's work. All else
 (devices, accumulation of gradients, logging, callbacks) is as everywhere with a Trainer.
 
 Limits: windows without padding; where there is some, compare logits[mask] alone. The Trainer saves no checkpoints, as
-from_pretrained would not know the layers in them: use lcqat_min.train where a run must go on after a stop.
+from_pretrained would not know the layers in them: use lcqat_min.qat.loop where a run must go on after a stop.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lcqat_min import TrainConfig, kl_to
-from lcqat_min.distillation import distillation_loss
-from lcqat_min.pack import load_packed, save_packed
-from lcqat_min.text import load_text, windows
-from lcqat_min.train import parameter_groups
+from lcqat_min.harness.text import load_text, windows
+from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.qat.loop import parameter_groups
+from lcqat_min.qat.loss import distillation_loss
 
 WINDOW = 256  # tokens that the model reads at once
 

@@ -22,10 +22,10 @@ if importlib.util.find_spec("torch") is None:  # with `name`, `python -m lcqat_m
 # other busy process a training step takes many times as long. What is set already stays as it is.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from .convert import quantize  # noqa: E402
-from .evaluate import kl_to, perplexity  # noqa: E402
-from .ptq import QuantConfig  # noqa: E402
-from .train import TrainConfig, train  # noqa: E402
+from .harness.evaluate import kl_to, perplexity  # noqa: E402
+from .ptq.matrix import QuantConfig  # noqa: E402
+from .ptq.model import quantize  # noqa: E402
+from .qat.loop import TrainConfig, train  # noqa: E402
 
 __all__ = ["QuantConfig", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""`python -m lcqat_min`: see cli.py."""
+"""`python -m lcqat_min`: see cli/main.py."""
 
 import sys
 
-from .cli import main
+from .cli.main import main
 
 sys.exit(main())

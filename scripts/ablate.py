@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lcqat_min.compare import ARMS, Arm, Budget, Lab, made_with, start
-from lcqat_min.convert import quant_layers
-from lcqat_min.evaluate import kl_to
-from lcqat_min.hub import BUNDLED, choose_device, load
-from lcqat_min.results import add_rows, rows_of
-from lcqat_min.text import load_text
-from lcqat_min.train import TrainConfig, train
+from lcqat_min.harness.compare import ARMS, Arm, Budget, Lab, made_with, start
+from lcqat_min.harness.evaluate import kl_to
+from lcqat_min.harness.models import BUNDLED, choose_device, load
+from lcqat_min.harness.results import add_rows, rows_of
+from lcqat_min.harness.text import load_text
+from lcqat_min.ptq.model import quant_layers
+from lcqat_min.qat.loop import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EVAL_TOKENS = 8192

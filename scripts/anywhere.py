@@ -59,8 +59,10 @@ def other_text() -> tuple[str, dict[str, str]]:
     """A cache that holds the offline text of a machine without two of the packages, under the name of this one's."""
     from transformers import AutoTokenizer
 
-    from lcqat_min import cache, docstrings, text
-    from lcqat_min.hub import BUNDLED
+    from lcqat_min.harness import corpus as docstrings
+    from lcqat_min.harness import text
+    from lcqat_min.harness import text_cache as cache
+    from lcqat_min.harness.models import BUNDLED
 
     tokenizer = AutoTokenizer.from_pretrained(str(BUNDLED))
     name = cache.fingerprint("docstrings", tokenizer)

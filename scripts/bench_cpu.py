@@ -26,14 +26,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcqat_min import codebook as cb
-from lcqat_min.calibrate import factorize
-from lcqat_min.compare import ARMS
-from lcqat_min.convert import quantize
-from lcqat_min.feedback import feedback_round, plain_round, row_scales
-from lcqat_min.linear import AffineLinear, Rounded
-from lcqat_min.ptq import normal_codebook
-from lcqat_min.results import describe, write_json
-from lcqat_min.train import TrainConfig, distillation_loss, parameter_groups
+from lcqat_min.harness.compare import ARMS
+from lcqat_min.harness.results import describe, write_json
+from lcqat_min.layer.linear import AffineLinear, Rounded
+from lcqat_min.ptq.ldlq import feedback_round, plain_round, row_scales
+from lcqat_min.ptq.matrix import normal_codebook
+from lcqat_min.ptq.model import quantize
+from lcqat_min.ptq.moments import factorize
+from lcqat_min.qat.loop import TrainConfig, distillation_loss, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {

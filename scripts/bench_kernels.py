@@ -34,10 +34,12 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lcqat_min import cpu, folded, kernels  # noqa: E402
+from lcqat_min import kernels  # noqa: E402
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice, random_planes  # noqa: E402
-from lcqat_min.results import describe, write_json  # noqa: E402
-from lcqat_min.rotate import random_signs  # noqa: E402
+from lcqat_min.harness.results import describe, write_json  # noqa: E402
+from lcqat_min.kernels import decode as cpu  # noqa: E402
+from lcqat_min.kernels import fold as folded  # noqa: E402
+from lcqat_min.layer.rotation import random_signs  # noqa: E402
 
 SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
 BATCHES = (1, 4, 16, 64)

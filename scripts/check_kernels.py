@@ -25,8 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lcqat_min import kernels  # noqa: E402
-from lcqat_min.kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
+from lcqat_min.kernels import triton_kernels as kernels  # noqa: E402
+from lcqat_min.kernels.triton_kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that one program may have
 POINTERS = {
@@ -204,7 +204,7 @@ def main() -> int:
     if not args.quick:
         import triton
 
-        from lcqat_min.results import describe, write_json
+        from lcqat_min.harness.results import describe, write_json
 
         meta = describe({"triton": triton.__version__, "tile": [TILE_ROWS, TILE_BYTES], "warps": 4, "stages": 3})
         write_json(ROOT / "results" / "kernels_aot.json", {"meta": meta, "rows": rows})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcqat_min.report import picture
-from lcqat_min.results import read_results
+from lcqat_min.harness.report import picture
+from lcqat_min.harness.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

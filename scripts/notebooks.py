@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from lcqat_min.results import describe, read_results, write_json
+from lcqat_min.harness.results import describe, read_results, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "notebooks.json"

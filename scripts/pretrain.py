@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lcqat_min.text import batches, documents, load_text, windows  # noqa: E402
+from lcqat_min.harness.text import batches, documents, load_text, windows  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, WINDOW, BATCH = 4096, 256, 16
@@ -68,7 +68,7 @@ that 2 bits hurt. It writes text like docstrings and knows nothing else; it is n
 {table}
 
 The text is what the reader has on disk: the docstrings of the packages this project installs and of the
-standard library, split by a hash of each text (`lcqat_min/text.py`). "2-bit rounding" is the plainest
+standard library, split by a hash of each text (`lcqat_min/harness/text.py`). "2-bit rounding" is the plainest
 kind: each weight of the linear layers (not the head) to the nearest of -1.5, -0.5, 0.5, 1.5 times a
 scale, the best for its row. Perplexities change a little with the versions of those packages; compare
 models on one machine.

@@ -6,8 +6,8 @@
 An arm with latents tries three rates for them and three for scales and codebooks; one without, nine of the latter. A
 run takes STEPS steps and is scored on validation text, so the table's test text stays unseen. Each finished run is
 written at once and found again by the next start; delete the file to begin anew. The best of each arm, by KL to three
-decimals (seeds differ by more) and of equals the slowest, is what lcqat_min/compare.py says; a test holds the two
-together.
+decimals (seeds differ by more) and of equals the slowest, is what lcqat_min/harness/compare.py says; a test holds the
+two together.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lcqat_min.compare import ARMS, Arm, Budget, Lab, made_with, start
-from lcqat_min.evaluate import kl_to
-from lcqat_min.hub import BUNDLED, choose_device, load
-from lcqat_min.results import add_row, rows_of
-from lcqat_min.text import load_text
-from lcqat_min.train import TrainConfig, train
+from lcqat_min.harness.compare import ARMS, Arm, Budget, Lab, made_with, start
+from lcqat_min.harness.evaluate import kl_to
+from lcqat_min.harness.models import BUNDLED, choose_device, load
+from lcqat_min.harness.results import add_row, rows_of
+from lcqat_min.harness.text import load_text
+from lcqat_min.qat.loop import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "rates.json"
 LATENTS, SIDE = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)  # bins a step; share of their size a step

@@ -74,7 +74,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with `model`, a random one with the bundled tokenizer, and `text.txt`; tests may add to it."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from lcqat_min.hub import BUNDLED
+    from lcqat_min.harness.models import BUNDLED
 
     path = tmp_path_factory.mktemp("place")
     config = LlamaConfig(

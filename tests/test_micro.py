@@ -22,13 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lcqat_min import QuantConfig, TrainConfig, convert, kl_to, micro
+from lcqat_min import QuantConfig, TrainConfig, kl_to, micro
 from lcqat_min import train as package_train
 from lcqat_min.codebook import AffineCodebook
-from lcqat_min.convert import quant_layers
-from lcqat_min.feedback import Rounded
-from lcqat_min.hub import BUNDLED, load
-from lcqat_min.linear import AffineLinear
+from lcqat_min.harness.models import BUNDLED, load
+from lcqat_min.layer.linear import AffineLinear
+from lcqat_min.ptq import model as convert
+from lcqat_min.ptq.ldlq import Rounded
+from lcqat_min.ptq.model import quant_layers
 
 FILE = Path(micro.__file__)
 MOST_LINES = 170

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lcqat_min.codebook import AffineCodebook, frame_planes
+from lcqat_min.codebook.affine import AffineCodebook, frame_planes
 
 from .exercise import Wrong, exercise, expect_close
 

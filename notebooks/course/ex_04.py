@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lcqat_min.rotate import hadamard, mix, random_signs, rotate
+from lcqat_min.layer.rotation import hadamard, mix, random_signs, rotate
 
 from .exercise import Wrong, exercise, expect_close
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lcqat_min.rounding import slope
+from lcqat_min.layer.surrogate import slope
 
 from .exercise import Wrong, exercise, expect_close
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lcqat_min.rotate import hadamard, random_signs
+from lcqat_min.layer.rotation import hadamard, random_signs
 
 from .exercise import Wrong, exercise, expect_close
 

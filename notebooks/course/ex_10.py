@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from lcqat_min.codebook import AffineCodebook
-from lcqat_min.digits import digits_of
+from lcqat_min.codebook.affine import AffineCodebook
+from lcqat_min.codebook.digits import digits_of
 
 from .exercise import Wrong, exercise, expect_close
 

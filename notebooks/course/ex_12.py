@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lcqat_min.rotate import mix
+from lcqat_min.layer.rotation import mix
 
 from .exercise import Wrong, exercise, expect_close
 

@@ -1,0 +1,23 @@
+"""Codebooks: an index becomes d weights, w = A q + b or a row of a table."""
+
+from .affine import AffineCodebook, frame_planes, lattice, random_planes, scalar
+from .digits import digits_of, index_of
+from .lloyd import Codebook, fit, mean_squared_error, table_start
+from .search import nearest
+from .table import TableCodebook
+
+__all__ = [
+    "AffineCodebook",
+    "Codebook",
+    "TableCodebook",
+    "digits_of",
+    "fit",
+    "frame_planes",
+    "index_of",
+    "lattice",
+    "mean_squared_error",
+    "nearest",
+    "random_planes",
+    "scalar",
+    "table_start",
+]

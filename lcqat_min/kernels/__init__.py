@@ -1,0 +1,1 @@
+"""Products of inputs with packed codes, on CPUs and GPUs."""

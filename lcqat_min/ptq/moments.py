@@ -1,0 +1,107 @@
+"""Calibration: the second moments of a layer's inputs, which say what an error in each of its weights costs.
+
+A layer y = W x is quantized so that its *output* changes least. For an error E in its weights that change is, in
+the mean over inputs, tr( E H E^T ) with the second moments of the inputs
+
+    H = E[x x^T]        [n, n], fp64, estimated on a few thousand tokens
+
+Rounding (ptq/ldlq.py) needs its Cholesky factor. H is damped (H + damping * mean(diag H) * I); when it is still not
+positive definite (fewer tokens than inputs, doubled channels) the damping rises tenfold until it is, and the value
+used is reported. An input that was never active (H_ii = 0) gets the mean diagonal of the others: its weights are
+rounded by themselves.
+
+Gives up: second moments come from the unquantized model, so a layer does not make up for the errors of earlier
+layers. Training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model import keep_modes, run
+
+
+@dataclass(frozen=True)
+class Moments:
+    """H = E[x x^T], fp64 [n, n], over `tokens` inputs of a layer."""
+
+    H: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
+
+    H: Tensor
+    C: Tensor
+    damping: float
+    dead: int
+
+
+@torch.inference_mode(False)  # else the moments could not be used outside
+def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Moments]:
+    """Run token batches [B, T] without padding through the model; return the second moments of each layer's inputs.
+
+    Layers that are fed the same tensor (query, key and value, say) share the product; a layer that no input reaches,
+    such as an expert that is never chosen, is left out. Raises ValueError where there are no batches, and with the
+    layer's name where an input is not finite.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("second_moments: no batches; give at least one batch of token ids [B, T]")
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    latest: list = [None, 0, None]  # the last input, how often it had been changed in place, its x^T x
+
+    def hook(name: str):  # adds up x^T x of the inputs of the layer of this name
+        def count(module: nn.Module, args: tuple, named: dict) -> None:
+            x = args[0] if args else named["input"]
+            if not x.numel():  # an expert that no token of this batch is sent to
+                return
+            if x is not latest[0] or x._version != latest[1]:
+                rows = x.detach().reshape(-1, x.shape[-1]).double()
+                latest[:] = x, x._version, rows.T @ rows
+            sums[name] = sums[name].add_(latest[2]) if name in sums else latest[2].clone()
+            tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
+
+        return count
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with keep_modes(model), torch.no_grad():
+            model.eval()
+            for batch in batches:
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
+    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
+
+
+def factorize(H: Tensor, damping: float = 0.01) -> Factor:
+    """Damp H [n, n] and factor it, raising the damping tenfold as often as needed.
+
+    Raises ValueError for NaN, infinity or numbers beyond fp32 in H.
+    """
+    H = H.double()
+    if not torch.isfinite(H.float()).all():
+        raise ValueError(
+            "second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and the weights"
+        )
+    dead = H.diagonal() <= 0
+    mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
+    while True:
+        damped = H.clone()
+        damped.diagonal().add_(dead * mean).add_(damping * mean)
+        C, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.isfinite(C).all():
+            return Factor(damped.float(), C, damping, int(dead.sum()))
+        damping = max(10 * damping, 1e-6)

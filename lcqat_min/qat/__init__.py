@@ -1,0 +1,6 @@
+"""Quantization-aware training: train(model, batches, config, teacher)."""
+
+from .loop import TrainConfig, parameter_groups, train
+from .loss import distillation_loss
+
+__all__ = ["TrainConfig", "distillation_loss", "parameter_groups", "train"]

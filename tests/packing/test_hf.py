@@ -1,0 +1,224 @@
+"""Packed folders through transformers' own from_pretrained, in a process that has never seen the model.
+
+Checked: same logits and same greedy tokens in a new process after `import lcqat_min.hf`, also in a pipeline;
+a dtype that is asked for; other places, devices and heads; sizes; damaged files refused as by load_packed; saving
+points to our own function.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcqat_min import QuantConfig, quantize
+from lcqat_min.packing.files import (
+    PackedLinear,
+    bits_per_weight,
+    export_dense,
+    load_packed,
+    save_packed,
+    to_storage_precision,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+NEW_PROCESS = """
+import json, sys
+import lcqat_min.hf, torch
+from transformers import AutoModelForCausalLM, pipeline
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+x = torch.tensor([[3, 1, 4, 1, 5]])
+tokens = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False)
+text = pipeline("text-generation", model=folder)("b e", max_new_tokens=3, do_sample=False)
+print(json.dumps([tokens.tolist(), model(input_ids=x).logits[0, -1].tolist(), text[0]["generated_text"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama) -> torch.nn.Module:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    quantize(model, [PROMPT], QuantConfig(codebook="table", dim=2, feedback=False, refits=0))
+    to_storage_precision(model)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    save_packed(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="!").save_pretrained(folder)
+
+
+def test_same_greedy_tokens_in_a_new_process(model, folder):
+    save_tokenizer(folder)
+    command = [sys.executable, "-c", NEW_PROCESS, str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    tokens, logits, text = json.loads(run.stdout.splitlines()[-1])
+    with torch.no_grad():
+        ours = model(input_ids=PROMPT).logits[0, -1]
+    greedy = {"attention_mask": torch.ones_like(PROMPT), "do_sample": False}
+    assert torch.allclose(torch.tensor(logits), ours, atol=1e-5)
+    assert tokens == model.generate(PROMPT, max_new_tokens=12, **greedy).tolist()
+    of_text = model.generate(torch.tensor([[65, 68]]), max_new_tokens=3, do_sample=False)[0]  # "b" and "e"
+    assert text.replace(" ", "") == "".join(chr(33 + token) for token in of_text.tolist())
+
+
+def test_a_dtype_that_is_asked_for_leaves_the_packed_tensors_alone(folder):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    stored = load_packed(folder).state_dict()
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    for name, module in half.named_modules():
+        if isinstance(module, PackedLinear):
+            for key, value in module.named_buffers():
+                original = stored[f"{name}.{key}"]
+                assert torch.equal(value, original) and value.dtype == original.dtype
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": True},
+        {"attn_implementation": "eager"},
+        {"revision": "main"},
+        {"dtype": "auto"},
+        {
+            "device_map": {
+                "model.embed_tokens": "cpu",
+                "model.layers": "disk",
+                "model.norm": "cpu",
+                "model.rotary_emb": "cpu",
+                "lm_head": "cpu",
+            }
+        },
+    ],
+    ids=str,
+)
+def test_arguments_of_from_pretrained_do_not_change_the_map(how, model, folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    offload = {"offload_folder": str(tmp_path / "offload")} if "disk" in str(how) else {}
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **how, **offload)(input_ids=PROMPT).logits
+        assert torch.allclose(loaded, model(input_ids=PROMPT).logits, atol=1e-4)
+
+
+def test_a_relative_path_and_a_subfolder_are_found(model, folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    monkeypatch.chdir(folder.parent)
+    for load in (load_packed, AutoModelForCausalLM.from_pretrained):
+        assert isinstance(load("model").model.layers[1].mlp.up_proj, PackedLinear)
+    inside = AutoModelForCausalLM.from_pretrained(str(folder.parent), subfolder="model")
+    assert isinstance(inside.model.layers[1].mlp.up_proj, PackedLinear)
+
+
+def test_heads_can_be_left_out_added_and_changed(model, folder, tmp_path):
+    """The layers share a table, so their names in the file are also the names of its owner."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    import lcqat_min.hf  # noqa: F401
+
+    with torch.no_grad():
+        hidden = model.model(input_ids=PROMPT)[0]
+        base = AutoModel.from_pretrained(folder)
+        assert torch.allclose(base(input_ids=PROMPT)[0], hidden, atol=1e-4)
+        save_packed(base, tmp_path / "base")
+        for loaded in (
+            load_packed(tmp_path / "base"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base").model,
+            AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).model,
+        ):
+            assert torch.allclose(loaded(input_ids=PROMPT)[0], hidden, atol=1e-4)
+            assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 14
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # the head is tied, so it is there, too
+    assert torch.allclose(whole(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits, atol=1e-4)
+
+
+def test_a_base_model_is_quantized_saved_and_exported_like_any_other(tiny_llama, tmp_path):
+    from transformers import AutoModel
+
+    model = tiny_llama().model.eval()
+    quantize(model, [PROMPT], QuantConfig(codebook="scalar", feedback=False, refits=0))
+    to_storage_precision(model)
+    save_packed(model, tmp_path / "packed")
+    export_dense(model, tmp_path / "dense")
+    with torch.no_grad():
+        for loaded in (load_packed(tmp_path / "packed"), AutoModel.from_pretrained(tmp_path / "dense")):
+            assert type(loaded) is type(model)
+            assert torch.allclose(loaded(input_ids=PROMPT)[0], model(input_ids=PROMPT)[0], atol=1e-4)
+
+
+def test_a_class_without_these_layers_says_so(folder):
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    for load in (GPT2LMHeadModel.from_pretrained, lambda f: LlamaForCausalLM.from_pretrained(f, num_hidden_layers=0)):
+        with pytest.raises(ValueError, match="lacks layers of the packed model, as 'model.layers.0.*`architectures`"):
+            load(folder)
+
+
+def test_parameters_are_counted_as_before_quantization(tiny_llama, folder):
+    original, packed = tiny_llama(), load_packed(folder)
+    for loaded in (packed, copy.deepcopy(packed)):
+        assert loaded.num_parameters() == original.num_parameters() == bits_per_weight(packed).parameters
+        assert loaded.num_parameters(exclude_embeddings=True) == original.num_parameters(exclude_embeddings=True)
+        assert loaded.num_parameters(only_trainable=True) == 0
+    trainable = load_packed(folder, trainable=True)
+    assert trainable.num_parameters() == sum(p.numel() for p in trainable.parameters())
+
+
+def test_a_packed_model_is_not_unpacked_in_place(folder):
+    with pytest.raises(NotImplementedError, match="export_dense.*load_packed"):
+        load_packed(folder).dequantize()
+
+
+def test_altered_files_are_refused(folder):
+    from transformers import AutoModelForCausalLM
+
+    import lcqat_min.hf  # noqa: F401
+
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="altered since it was saved"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    file.write_bytes(content[:-7])
+    with pytest.raises(ValueError, match="truncated"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_save_pretrained_leads_to_save_packed(folder, tmp_path, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging._get_library_root_logger(), "propagate", True)
+    with pytest.raises(ValueError, match="not serializable"):
+        load_packed(folder).save_pretrained(tmp_path / "copy")
+    assert "save_packed" in caplog.text
