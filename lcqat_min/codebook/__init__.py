@@ -3,6 +3,7 @@
 from .affine import AffineCodebook, frame_planes, lattice, random_planes, scalar
 from .digits import digits_of, index_of
 from .lloyd import Codebook, fit, mean_squared_error, table_start
+from .matrix import Rounded
 from .search import nearest
 from .table import TableCodebook
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of, index_of
-from ..ptq.ldlq import Rounded
+from ..codebook.matrix import Rounded
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
 

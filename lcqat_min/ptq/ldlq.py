@@ -24,7 +24,6 @@ Gives up: the codes are found greedily, once, vector by vector.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,32 +32,13 @@ from torch import Tensor
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
 from ..codebook.lloyd import Codebook
+from ..codebook.matrix import Rounded
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
 TALL_ELEMENTS = 1 << 24  # weights rounded at a time: as many scales as fit are tried side by side, as rows
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A quantized matrix: W_hat = scale[:, None] * codebook.decode(index).
-
-    index: int64 [out, n / d]; scale: fp32 [out]; target: fp32 [out, n], what each vector was rounded from, in
-    units of the scale (the weight plus carried error: where latents start); loss: fp64 [out], the proxy loss
-    of each row under the damped H.
-    """
-
-    codebook: Codebook
-    index: Tensor
-    scale: Tensor
-    target: Tensor
-    loss: Tensor
-
-    def weight(self) -> Tensor:
-        """W_hat, fp32 [out, n]."""
-        return self.codebook.decode(self.index).flatten(1) * self.scale[:, None]
 
 
 def proxy_loss(error: Tensor, H: Tensor) -> Tensor:

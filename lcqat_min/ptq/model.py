@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook.lloyd import fit
+from ..codebook.matrix import Rounded
 from ..language_model import Batch, check_model, longest_window, read_batch, vocabulary, without_padding
 from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from ..layer.rotation import random_signs
-from .ldlq import Rounded
 from .matrix import (
     FIT_VECTORS,
     QuantConfig,
