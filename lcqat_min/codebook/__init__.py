@@ -10,6 +10,7 @@ from .table import TableCodebook
 __all__ = [
     "AffineCodebook",
     "Codebook",
+    "Rounded",
     "TableCodebook",
     "digits_of",
     "fit",
