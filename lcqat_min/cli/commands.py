@@ -28,8 +28,10 @@ from ..harness.models import BUNDLED, choose_device, load
 from ..harness.results import difference, optional, write_json
 from ..harness.text import batches, load_text, sample_windows, say_if_repeated
 from ..language_model import longest_window
-from ..ptq.matrix import QuantConfig
-from ..ptq.model import linear_layers, quant_layers, quantize
+from ..layer.linear import quant_layers
+from ..ptq.lcqat import LCQAT
+from ..ptq.model import quantize
+from ..ptq.select import linear_layers
 from ..qat.loop import TrainConfig, train
 
 WINDOW, BATCH = 256, 4
@@ -39,12 +41,12 @@ FAR = 2.0  # nats per token: more than rounding to 2 bits moves a model
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Quantize a model and save it packed."""
-    config = QuantConfig(args.codebook, args.dim, args.rotate, skip=("lm_head", *args.skip), seed=args.seed)
+    config = LCQAT(codebook=args.codebook, dim=args.dim, rotate=args.rotate)
     with _new(args.out):
         _quantize(args, config)
 
 
-def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
+def _quantize(args: argparse.Namespace, config: LCQAT) -> None:
     from tqdm import tqdm
 
     from ..packing.files import save_packed
@@ -61,7 +63,12 @@ def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
     windows = sample_windows(text.train, max(1, min(args.tokens, len(text.train)) // window), window, generator)
     print(f"{config}, calibrated on {windows.numel()} tokens")
     reports = quantize(
-        model, windows.split(8), config, progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer")
+        model,
+        windows.split(8),
+        config,
+        skip=("lm_head", *args.skip),
+        seed=args.seed,
+        progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer"),
     )
     print(save_packed(model, args.out, dtype))
     _save_tokenizer(tokenizer, args.out)

@@ -31,7 +31,7 @@ class TableCodebook:
         return int(self.table.shape[0]).bit_length() - 1  # no int in torch.jit.trace
 
     def numbers(self) -> int:
-        """How many learned numbers the codebook stores."""
+        """How many numbers are learned."""
         return self.table.numel()
 
     def decode(self, index: Tensor) -> Tensor:
@@ -49,6 +49,13 @@ class TableCodebook:
     def searcher(self, metrics: Tensor | None) -> Search:
         """As in AffineCodebook.searcher, exact."""
         return nearest(self.table, metrics)
+
+    def as_planes(self) -> None:
+        """None: no linear form."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores: the table."""
+        return {"table": self.table}
 
     def to(self, device: torch.device | str) -> TableCodebook:
         return TableCodebook(self.table.to(device))

@@ -6,7 +6,7 @@
     export_dense(model, folder)              plain weights, for tools that have never heard of this package
 
 A packed folder is a Hugging Face folder: config.json with a `quantization_config`, model.safetensors (several
-files where there is much) and a README.md that says how to load it. The configuration declares each layer's Form,
+files where there is much) and a README.md that says how to load it. The configuration declares each layer's PackedSpec,
 and all is compared with it before any tensor is loaded (packing/format.py). Tied embeddings are stored once and tied
 again.
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ptq.model import METHOD, mark
+from ..ptq.model import QUANT_METHOD, mark
 from .atomic_save import TITLE, write_folder
 from .convert import pack_layers, to_storage_precision, unpack_layers
 from .format import VERSION, check, config_of, configure, digest, tensor_files
@@ -81,14 +81,19 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
         parameters = {name for name, _ in model.named_parameters()}
         tensors = {key: _cast(key, value, dtype) if key in parameters else value for key, value in tensors.items()}
     for name, layer in layers.items():
-        tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.form.tensors(name)}
-    forms = {name: asdict(layer.form) for name, layer in layers.items()}
+        tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.spec.tensors(name)}
+    specs = {name: asdict(layer.spec) for name, layer in layers.items()}
     bits = bits_per_weight(model, dtype)
 
     def complete(part: Path) -> None:
         configure(
             part,
-            {"quant_method": METHOD, "version": VERSION, "layers": forms, "sha256": digest(forms, tensor_files(part))},
+            {
+                "quant_method": QUANT_METHOD,
+                "version": VERSION,
+                "layers": specs,
+                "sha256": digest(specs, tensor_files(part)),
+            },
         )
         (part / "README.md").write_text(f"{TITLE}{_readme(model)}```\n{bits}\n```\n", encoding="utf-8")
 

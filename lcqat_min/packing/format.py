@@ -1,9 +1,9 @@
 """What a packed folder declares of itself, and whether its files are so: compared before any tensor is loaded.
 
-    config.json    {..., "quantization_config": {"quant_method", "version", "layers": {name: Form}, "sha256"}}
+    config.json    {..., "quantization_config": {"quant_method", "version", "layers": {name: PackedSpec}, "sha256"}}
 
-All shapes follow from the forms (packing/layer.py). The SHA-256 is over the tensor files, one after the other, and the
-forms.
+All shapes follow from the specs (packing/layer.py). The SHA-256 is over the tensor files, one after the other, and the
+specs.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pathlib import Path
 import torch
 
 from ..disk.tensor_file import reading
-from ..ptq.model import IN_TRAINING, METHOD
+from ..ptq.model import IN_TRAINING, QUANT_METHOD
 from .atomic_save import BEFORE, INDEX, WEIGHTS
-from .layer import Form
+from .layer import PackedSpec
 
 VERSION = 1
 AGAIN = "copy it again from where it was whole, or save the model again"
 
 
-def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
+def check(files: Sequence[Path], settings: dict) -> dict[str, PackedSpec]:
     """Forms of the layers packed in `files`; ValueError where these are not as their `settings` declare.
 
     files: model.safetensors, or all shards. settings: quantization_config of config.json beside them. OSError for a
     file that is missing or cannot be read.
     """
     folder = files[0].parent
-    if settings.get("quant_method") != METHOD:
+    if settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"{folder} is no packed model of lcqat_min (quant_method: {settings.get('quant_method')}). "
             "Load it with transformers, or give a folder that save_packed wrote."
@@ -49,8 +49,8 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
             f"version {VERSION}: update lcqat_min"
         )
     try:
-        forms = {name: Form(**form) for name, form in settings["layers"].items()}
-        layouts = {name: form.tensors(name) for name, form in forms.items()}
+        specs = {name: PackedSpec(**spec) for name, spec in settings["layers"].items()}
+        layouts = {name: spec.tensors(name) for name, spec in specs.items()}
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
     what, found = files[0] if len(files) == 1 else folder, _tensors_in(files)
@@ -61,7 +61,7 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
             raise ValueError(f"tensor {layer}.{key} of {what} is {got}, not {want}: {AGAIN}")
     if settings.get("sha256") != digest(settings["layers"], files):
         raise ValueError(f"{what} or its config.json was altered since it was saved (SHA-256): {AGAIN}")
-    return forms
+    return specs
 
 
 def _tensors_in(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -77,13 +77,13 @@ def _tensors_in(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]
     return found
 
 
-def digest(forms: dict[str, dict], files: Sequence[Path]) -> str:
-    """SHA-256 over the files, in the order of their names, and the forms."""
+def digest(specs: dict[str, dict], files: Sequence[Path]) -> str:
+    """SHA-256 over the files, in the order of their names, and the specs."""
     found = hashlib.sha256()
     for file in sorted(files):
         with open(file, "rb") as stream:
             hashlib.file_digest(stream, lambda: found)
-    found.update(json.dumps(forms, sort_keys=True).encode())
+    found.update(json.dumps(specs, sort_keys=True).encode())
     return found.hexdigest()
 
 

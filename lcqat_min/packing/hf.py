@@ -27,21 +27,21 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..ptq.model import METHOD
+from ..ptq.model import QUANT_METHOD
 from .files import swap
 from .format import check
-from .layer import Form, PackedLinear, share_tables
+from .layer import PackedLinear, PackedSpec, share_codebooks
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, kept as it was read: version, layers, sha256."""
 
     def __init__(self, **settings):
-        self.__dict__ |= {"quant_method": METHOD, **settings}
+        self.__dict__ |= {"quant_method": QUANT_METHOD, **settings}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
     """Checks the file against its declared layout, then prepares the model for it."""
 
@@ -52,9 +52,9 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("a packed model needs its model.safetensors: give from_pretrained the folder")
-        forms = check([Path(file) for file in checkpoint_files], self.quantization_config.to_dict())
-        layers = {name: PackedLinear(form, name) for name, form in _shared(forms, model).items()}
-        share_tables(layers)
+        specs = check([Path(file) for file in checkpoint_files], self.quantization_config.to_dict())
+        layers = {name: PackedLinear(spec, name) for name, spec in _shared(specs, model).items()}
+        share_codebooks(layers)
         swap(model, layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
@@ -89,14 +89,14 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
     )
 
 
-def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
+def _shared(specs: dict[str, PackedSpec], model: nn.Module) -> dict[str, PackedSpec]:
     """The layers that `model` has, too, by its own names: those of a model with a head have one prefix more."""
     prefix = f"{model.base_model_prefix}."
     has = {name for name, _ in model.named_modules()}
-    names = {name: own for name in forms for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
-    if not names or any(form.owner and form.owner not in names for name, form in forms.items() if name in names):
+    names = {name: own for name in specs for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
+    if not names or any(spec.owner and spec.owner not in names for name, spec in specs.items() if name in names):
         raise ValueError(
-            f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
+            f"{type(model).__name__} lacks layers of the packed model, as {next(iter(specs))!r}: load it "
             "with the class that config.json names under `architectures`"
         )
-    return {own: replace(forms[name], owner=names.get(forms[name].owner, "")) for name, own in names.items()}
+    return {own: replace(specs[name], owner=names.get(specs[name].owner, "")) for name, own in names.items()}

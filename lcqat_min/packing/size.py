@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook.digits import digits_of
-from ..layer.linear import QuantLinear, StepLinear
+from ..layer.linear import QuantLinear
 from ..ptq.model import linear_layers
-from .convert import forms_of
-from .layer import Form, PackedLinear
+from .convert import specs_of
+from .layer import PackedLinear, PackedSpec
 
 PART_OF = {
     "weight": "codes",
@@ -33,6 +33,7 @@ PART_OF = {
     "b": "codebooks",
     "table": "codebooks",
     "row_scale": "scales",
+    "unit": "scales",
     "col_scale": "scales",
     "signs_in": "signs",
     "signs_out": "signs",
@@ -84,15 +85,15 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
     dtype: that unquantized parameters are saved in; their own where none is given.
     """
     parts = dict.fromkeys((*QUANTIZED, "linear layers", "embeddings", "other"), 0)
-    forms = forms_of(model)
+    specs = specs_of(model)
     counted: set[int] = set()
-    for name, form in forms.items():
-        for key, (stored, shape) in form.tensors(name).items():
+    for name, spec in specs.items():
+        for key, (stored, shape) in spec.tensors(name).items():
             parts[PART_OF[key]] += 8 * stored.itemsize * torch.Size(shape).numel()
         counted |= {id(p) for key, p in model.get_submodule(name).named_parameters() if key != "bias"}
     linear = {id(layer.weight): layer.weight.numel() for _, layer in linear_layers(model)}
     embeddings = _embeddings(model)
-    parameters = weights = sum(form.inputs * form.outputs for form in forms.values())
+    parameters = weights = sum(spec.inputs * spec.outputs for spec in specs.values())
     for p in model.parameters():
         if id(p) not in counted:
             part = "linear layers" if id(p) in linear else "embeddings" if id(p) in embeddings else "other"
@@ -102,7 +103,7 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
     parts["other"] += sum(
         8 * buffer.nbytes
         for name, buffer in model.named_buffers()
-        if name in kept and name.rpartition(".")[0] not in forms
+        if name in kept and name.rpartition(".")[0] not in specs
     )
     return Bits(parts, weights or sum(linear.values()), parameters)
 
@@ -134,7 +135,7 @@ class CodeStats:
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
     """Codes of every quantized layer, by name, int64 [out, vectors]: a snapshot to compare with later."""
     return {
-        name: layer.codes() for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, PackedLinear))
+        name: layer.indices() for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, PackedLinear))
     }
 
 
@@ -150,8 +151,8 @@ def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dic
             "`before` has other layers or shapes than the model: give what codes_of returned for the same model"
         )
     return {
-        name: _stats(model.get_submodule(name), form, codes[name], before and before[name])
-        for name, form in forms_of(model).items()
+        name: _stats(model.get_submodule(name), spec, codes[name], before and before[name])
+        for name, spec in specs_of(model).items()
     }
 
 
@@ -159,27 +160,24 @@ def _shapes(codes: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: index.shape for name, index in codes.items()}
 
 
-def _stats(layer: nn.Module, form: Form, index: Tensor, before: Tensor | None) -> CodeStats:
-    usage = torch.bincount(index.flatten(), minlength=1 << form.bits)
+def _stats(layer: nn.Module, spec: PackedSpec, index: Tensor, before: Tensor | None) -> CodeStats:
+    usage = torch.bincount(index.flatten(), minlength=1 << spec.bits)
     p = usage[usage > 0].double() / index.numel()
-    outer = flips = None
-    if form.levels > 2:
-        outermost = (form.levels - 1) / 2
-        digits = digits_of(index, form.digits, form.levels)
-        outer = (digits.abs() == outermost).double().mean().item()
-    if before is not None:
-        flips = (index != before).double().mean().item()
+    flips = None if before is None else (index != before).double().mean().item()
+    levels = spec.settings.get("levels", 2)
+    outer = None
+    if levels > 2:
+        digits = digits_of(index, spec.bits // 2, levels)
+        outer = (digits.abs() == (levels - 1) / 2).double().mean().item()
     return CodeStats(usage, -(p * p.log2()).sum().item(), outer, _beyond(layer), flips)
 
 
 def _beyond(layer: nn.Module) -> float | None:
     if not hasattr(layer, "latent"):
         return None
-    if isinstance(layer, StepLinear):
-        distance, outermost = layer.latent / layer.row_scale[:, None], 1.5
-    elif layer.levels == 2:
-        distance, outermost = layer.latent, 1.0
-    else:
-        outermost = (layer.levels - 1) / 2
-        distance = layer.latent - outermost
+    levels = getattr(layer, "levels", 0)
+    centre = (levels - 1) / 2 if levels > 2 else 0.0
+    distance, outermost = (
+        (layer.latent - centre, centre or 1.0) if levels else (layer.latent / layer.row_scale[:, None], 1.5)
+    )
     return (distance.abs() > outermost).double().mean().item()

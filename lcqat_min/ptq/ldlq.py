@@ -2,7 +2,7 @@
 
 With the second moments H of a layer's inputs (ptq/moments.py), the mean squared change of its output is the proxy loss
 
-    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )          one term a row: rows do not interact
+    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )          one term per row: rows do not interact
 
 Plain rounding ignores that errors in correlated inputs can cancel. Feedback rounding (LDLQ in QuIP#,
 OPTQ/GPTQ for vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lower triangular), cut it in
@@ -18,12 +18,13 @@ The sums over later columns are taken for FEEDBACK_BLOCK columns at once, so alm
 products. For each row, several scales are tried, with and without feedback, and the best is kept: feedback
 never loses to plain rounding.
 
-Gives up: the codes are found greedily, once, vector by vector.
+Limits: the codes are found greedily, once, vector by vector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,13 +33,26 @@ from torch import Tensor
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
 from ..codebook.lloyd import Codebook
-from ..codebook.matrix import Rounded
+from ..codebook.matrix import CodedMatrix
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
 TALL_ELEMENTS = 1 << 24  # weights rounded at a time: as many scales as fit are tried side by side, as rows
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix, and what rounding knows of it.
+
+    target: fp32 [out, n], what each vector was rounded from, in units of the row scale: the weight plus the carried
+    error, where latents start. loss: fp64 [out], the proxy loss of each row under the damped H.
+    """
+
+    coded: CodedMatrix
+    target: Tensor
+    loss: Tensor
 
 
 def proxy_loss(error: Tensor, H: Tensor) -> Tensor:
@@ -52,7 +66,7 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
     return codebook.encode(target.reshape(-1, codebook.dim)).view(len(W), -1), target
 
 
-def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
+def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
     n, d = W.shape[1], codebook.dim
     L, metrics = _feedback_of(factor, d)
@@ -102,7 +116,7 @@ def round_matrix(
         )
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    methods = [plain_round, partial(feedback_round, factor=factor)] if feedback else [plain_round]
+    methods = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
     best: Rounded | None = None
     for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
@@ -115,24 +129,21 @@ def round_matrix(
 
 
 def _with_loss(
-    W: Tensor, H: Tensor, codebook: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
+    W: Tensor, H: Tensor, book: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
 ) -> Rounded:
     loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, H)
-    return Rounded(codebook, index, scale, target, loss)
+    return Rounded(CodedMatrix(book, index, scale), target, loss)
 
 
 def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
-    """Each row from whichever of the two loses less there."""
+    """Each row from the one that loses less there."""
     if best is None:
         return other
-    win = (other.loss < best.loss)[:, None]
-    return Rounded(
-        best.codebook,
-        torch.where(win, other.index, best.index),
-        torch.where(win[:, 0], other.scale, best.scale),
-        torch.where(win, other.target, best.target),
-        torch.where(win[:, 0], other.loss, best.loss),
-    )
+    win = other.loss < best.loss
+    index = torch.where(win[:, None], other.coded.index, best.coded.index)
+    scale = torch.where(win, other.coded.scale, best.coded.scale)
+    target = torch.where(win[:, None], other.target, best.target)
+    return Rounded(CodedMatrix(best.coded.codebook, index, scale), target, torch.where(win, other.loss, best.loss))
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
@@ -141,17 +152,17 @@ def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tens
     return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
 
 
-def refit(W: Tensor, rounded: Rounded, H: Tensor) -> AffineCodebook:
+def refit(W: Tensor, coded: CodedMatrix, H: Tensor) -> AffineCodebook:
     """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
 
     The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (ones
     for j = k), H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
     normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
-    book = rounded.codebook
+    book = coded.codebook
     d, k = book.A.shape
-    q = digits_of(rounded.index, k, book.levels)
-    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * rounded.scale[:, None, None]  # [out, n/d, k+1]
+    q = digits_of(coded.index, k, book.levels)
+    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * coded.scale[:, None, None]  # [out, n/d, k+1]
     groups = W.shape[1] // d
     parts = H.reshape(groups, d, groups, d).permute(1, 3, 0, 2).reshape(d * d, -1)
     # One digit j at a time: all at once take k + 1 times the memory, gigabytes for wide layers.

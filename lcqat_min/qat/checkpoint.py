@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..disk.tensor_file import reading, save_tensors
-from ..ptq.model import quant_layers
+from ..layer.linear import quant_layers
 
 if TYPE_CHECKING:
     from .loop import TrainConfig
@@ -60,7 +60,7 @@ class Run:
         self.start_codes = self._codes()
 
     def _codes(self) -> dict[str, Tensor]:
-        return {name: layer.codes().to(torch.int32) for name, layer in quant_layers(self.model)}
+        return {name: layer.indices().to(torch.int32) for name, layer in quant_layers(self.model)}
 
     def is_log_point(self, step: int) -> bool:
         """Whether a row of the history is due after `step`, counted from 0."""

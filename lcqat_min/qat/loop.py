@@ -41,9 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model import IGNORED, Batch, check_model, keep_modes, logits_of, read_batch
-from ..layer.linear import AffineLinear, StepLinear
-from ..ptq.matrix import in_units
-from ..ptq.model import quant_layers
+from ..layer.linear import quant_layers
 from .checkpoint import Run, agree, check_writable
 from .loss import distillation_loss
 
@@ -206,18 +204,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
     Raises TypeError for a parameter that requires a gradient in bf16 or fp16, ValueError where none does.
     """
+    rates = {"latents": config.lr_latents, "scales": config.lr_scales, "codebooks": config.lr_codebooks}
     kinds: dict[int, tuple[str, float]] = {}
     for _, layer in quant_layers(model):
-        if isinstance(layer, (AffineLinear, StepLinear)):
-            kinds[id(layer.latent)] = "latents", config.lr_latents * bin_width(layer)
-        for kind, rate, names in (
-            ("scales", config.lr_scales, ("row_scale", "col_scale")),
-            ("codebooks", config.lr_codebooks, ("A", "b", "table")),
-        ):
-            for name in names:
-                if isinstance(value := getattr(layer, name, None), nn.Parameter):
-                    size = layer.A if name == "b" else value  # b starts near zero: measure it by A
-                    kinds[id(value)] = kind, rate * _root_mean_square(size.detach())
+        for name, (kind, size) in layer.units().items():
+            kinds[id(getattr(layer, name))] = kind, rates[kind] * size
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -234,18 +225,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             "parameters to train"
         )
     return groups
-
-
-def _root_mean_square(x: Tensor) -> float:
-    x, unit = in_units(x)  # else squares of very large or small numbers are inf or 0
-    return x.square().mean().sqrt().item() * unit
-
-
-def bin_width(layer: nn.Module) -> float:
-    """Width of a rounding bin in units of the layer's latents: 1 on a grid, 2 from -1 to +1, or the step."""
-    if isinstance(layer, StepLinear):
-        return layer.row_scale.detach().mean().item()
-    return 2.0 if layer.levels == 2 else 1.0
 
 
 def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
