@@ -2,4 +2,4 @@
 
 
 class UsageError(ValueError):
-    """An argument, a file or a model that cannot be used: the message says what was given, what can be, and a remedy."""
+    """An argument, file or model that cannot be used; the message says what was given, what can be, and a remedy."""

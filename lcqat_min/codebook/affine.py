@@ -32,13 +32,13 @@ Scales are not part of a codebook: it serves weights of about unit variance, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .digits import digits_of
-from .search import Search, nearest, nearest_by_halves, nearest_level
 
 FP32 = torch.float32  # whatever the default dtype is
 EXACT_BITS = 8  # up to 256 codewords are searched one by one
@@ -78,12 +78,14 @@ class AffineCodebook:
         """Nearest codeword: x [N, d] -> int64 index [N]. Exact up to 8 bits, see `searcher`."""
         return self.searcher(None)(x.T, 0)
 
-    def searcher(self, metrics: Tensor | None) -> Search:
+    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """search(x [d, N], g) -> int64 index [N] of least |M_g^T (x - w_hat)|^2, for metrics M [G, d, d].
 
         None: plain distance, g = 0. Exact up to 8 bits, with all that does not depend on x prepared once; above,
         a search by halves whose error is, for fitted planes, 0.2 to 2 % above the exact one.
         """
+        from .search import nearest, nearest_by_halves, nearest_level  # a layer never searches
+
         if self.dim == self.A.shape[1] == 1:
             return nearest_level(self.A.item(), self.b.item(), self.levels)
         if self.bits <= EXACT_BITS:
@@ -98,13 +100,6 @@ class AffineCodebook:
     def with_levels(self, levels: int) -> AffineCodebook:
         """The same codebook in digits of 2 or 4 levels; from 2 to 4, it must be one that as_planes gave."""
         if levels == self.levels:
-
-
-
-
-
-
-
             return self
         if levels == 4:
             return AffineCodebook(self.A[:, ::2].contiguous(), self.b, 4)

@@ -6,7 +6,7 @@
 Each half lowers the error, so the loop descends, to a local minimum: where it starts matters (codebook/affine.py holds
 the starts). Shapes: x [N, d], index [N].
 
-Gives up: no guarantee of the best codebook; tests/codebook/test_codebook.py measures how far fits of several starts
+Limits: the best codebook is not guaranteed; tests/codebook/test_codebook.py measures how far fits of several starts
 spread.
 """
 
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from .affine import AffineCodebook
 from .digits import digits_of
-from .table import TableCodebook
+from .table import Codebook, TableCodebook
 
-Codebook = AffineCodebook | TableCodebook
 MOMENTUM = 0.9
 
 

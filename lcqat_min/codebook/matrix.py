@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .affine import AffineCodebook
-from .lloyd import Codebook
-from .table import TableCodebook
+from .table import Codebook, TableCodebook
 
 
 @dataclass(frozen=True)

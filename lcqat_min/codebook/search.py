@@ -14,15 +14,14 @@ and the first term is the same for all codewords: the nearest one has the larges
 
 Rounding with feedback searches once for each group g of d columns, with a metric of its own: so each function here
 prepares a `Search` for metrics [G, d, d] (None: plain distance), called as search(x, g) with the vectors as columns,
-x fp32 [d, N] -> index int64 [N]. In the exact search, what does not depend on x is done once, memory included.
+x fp32 [d, N] -> index int64 [N].
 
-Gives up: above 8 bits the result is near the best, not always the best.
+Limits: above 8 bits the result is near the best, not always the best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ except RuntimeError:  # not installed, or not the version that this torch was bu
 
 
 def nearest_level(step: float, offset: float, levels: int) -> Search:
-    """One digit a weight, w = step * q + offset: the search is a rounding, whatever the metric."""
+    """One digit per weight, w = step * q + offset: the search is a rounding, whatever the metric."""
     per_step = 1 / step if step else 0.0  # a codebook that was fitted to zeros: any digit will do
     zero = torch.tensor((levels - 1) / 2 - offset * per_step, dtype=torch.float32)
     return lambda x, g: torch.add(zero, x[0], alpha=per_step).round_().clamp_(0, levels - 1).long()
@@ -52,21 +51,13 @@ def nearest(words: Tensor, metrics: Tensor | None) -> Search:
     half_norms = (weighted * words.T).sum(1, keepdim=True) / 2
     scorers = torch.cat([weighted, -half_norms], dim=1).unbind()  # [d + 1, K] for each metric
 
-    @cache
-    def room(n: int) -> tuple[Tensor, list[tuple]]:  # new memory for each search would take as long as the product
-        lifted = words.new_ones(words.shape[1] + 1, n)
-        parts = lifted.T.split(_at_once(len(words), words.device))
-        scores = words.new_empty(len(parts[0]), len(words))
-        views = scores.numpy() if NUMPY and scores.device.type == "cpu" else scores
-        return lifted[:-1], [(part, scores[: len(part)], views[: len(part)]) for part in parts]
-
     def search(x: Tensor, g: int) -> Tensor:
-        body, parts = room(x.shape[1])
-        body.copy_(x.detach())
+        lifted = torch.cat([x.detach(), x.new_ones(1, x.shape[1])]).T
         found = []
-        for part, scores, view in parts:
-            torch.mm(part, scorers[g], out=scores)
-            found.append(torch.as_tensor(view.argmax(1)))
+        for part in lifted.split(_at_once(len(words), words.device)):
+            scores = part @ scorers[g]
+            on_cpu = NUMPY and scores.device.type == "cpu"
+            found.append(torch.as_tensor((scores.numpy() if on_cpu else scores).argmax(1)))
         return torch.cat(found)
 
     return search

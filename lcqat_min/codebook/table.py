@@ -6,12 +6,13 @@ index has no digits that could be trained, and it stores 2^m d numbers (k-means,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .search import Search, nearest
+from .affine import AffineCodebook
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class TableCodebook:
         """Nearest codeword, exact: x [N, d] -> int64 index [N]."""
         return self.searcher(None)(x.T, 0)
 
-    def searcher(self, metrics: Tensor | None) -> Search:
+    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """As in AffineCodebook.searcher, exact."""
+        from .search import nearest
+
         return nearest(self.table, metrics)
 
     def as_planes(self) -> None:
@@ -59,3 +62,6 @@ class TableCodebook:
 
     def to(self, device: torch.device | str) -> TableCodebook:
         return TableCodebook(self.table.to(device))
+
+
+Codebook = AffineCodebook | TableCodebook

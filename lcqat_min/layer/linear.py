@@ -33,15 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
-from ..codebook.bitstring import pack_bits
 from ..codebook.digits import digits_of, index_of
-from ..codebook.lloyd import Codebook
 from ..codebook.matrix import CodedMatrix
+from ..codebook.table import Codebook
 from .rotation import mix, unrotate
-from .stored import Signs, coded_matrix_of, halves_of, pack_signs, row_scale_of, signs_of
 from .surrogate import round_to_levels, sign_of
 from .units import root_mean_square
 
+Signs = tuple[Tensor | None, Tensor | None]  # s_in fp32 [in], s_out fp32 [out]; None: that side is not rotated
 MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundary, so that rounding it is safe
 
 
@@ -89,10 +88,8 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """W_hat, fp32 [out, in], with gradient."""
         if self.row_scale.dtype != torch.float32:
-            raise TypeError(
-                f"a quantized layer works in float32; its parameters are {self.row_scale.dtype}. "
-                "For speed use torch.autocast instead of model.half() or model.bfloat16()."
-            )
+            dtype = self.row_scale.dtype
+            raise TypeError(f"a quantized layer trains in float32, not {dtype}; for speed use torch.autocast instead")
         with torch.autocast(self.row_scale.device.type, enabled=False):
             W = self.decoded()[:, : self.in_features] * self.row_scale[:, None]
             if self.signs_out is not None:
@@ -108,6 +105,9 @@ class QuantLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of this layer as a file keeps them (layer/stored.py), without the bias."""
+        from ..codebook.bitstring import pack_bits
+        from .stored import halves_of, pack_signs  # for files only
+
         book = self.codebook()
         tensors = {"weight": pack_bits(self.indices(), book.bits)}
         tensors |= halves_of(self.row_scale, {"col_scale": self.col_scale, **book.tensors()})
@@ -116,9 +116,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_stored(
-        cls, stored: Mapping[str, Tensor], in_features: int, bias: Tensor | None, **settings: object
+        cls, stored: Mapping[str, Tensor], in_features: int, bias: Tensor | None, **settings
     ) -> QuantLinear:
         """The layer of these tensors, in training again: it starts on its codes. settings: what `settings` gave."""
+        from .stored import coded_matrix_of, signs_of
+
         layer = cls(coded_matrix_of(stored, in_features), in_features, bias, signs_of(stored, in_features), **settings)
         layer.col_scale.data.copy_(stored["col_scale"])
         return layer
@@ -131,6 +133,8 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def to_storage_precision(self) -> None:
         """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
+        from .stored import halves_of, row_scale_of
+
         numbers = {name: getattr(self, name) for name in ("col_scale", *self.learned)}
         halves = halves_of(self.row_scale, numbers)
         self.row_scale.copy_(row_scale_of(halves))

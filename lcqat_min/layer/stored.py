@@ -30,8 +30,6 @@ from ..codebook.matrix import CodedMatrix, codebook_from
 FP16_NORMAL = 2.0**-14, 65504.0  # the range in which fp16 has all of its 11 bits
 SMALLEST = 2.0**-24  # above zero, in fp16
 
-Signs = tuple[Tensor | None, Tensor | None]  # s_in fp32 [in], s_out fp32 [out]; None: that side is not rotated
-
 
 def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """row_scale, its unit and `numbers` as a file keeps them. ValueError for a number that fp16 cannot hold."""
@@ -41,10 +39,8 @@ def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Ten
     halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
     for key, half in halves.items():
         if not torch.isfinite(half).all():
-            raise ValueError(
-                f"{key} reaches {scaled[key].abs().max().item():.3g}, but a packed file holds numbers up to 65504. Did "
-                "training diverge? Train at a lower rate."
-            )
+            largest = scaled[key].abs().max().item()
+            raise ValueError(f"{key} reaches {largest:.3g}, and fp16 ends at 65504: train at a lower rate")
     return halves | {"unit": torch.tensor([unit], dtype=torch.bfloat16, device=row_scale.device)}
 
 
@@ -73,7 +69,7 @@ def unpack_signs(packed: Tensor, width: int) -> Tensor:
     return 2.0 * unpack_bits(packed[None], 1, width)[0].float() - 1
 
 
-def signs_of(stored: Mapping[str, Tensor], inputs: int) -> Signs:
+def signs_of(stored: Mapping[str, Tensor], inputs: int) -> tuple[Tensor | None, Tensor | None]:
     """s_in and s_out of a stored layer."""
     widths = {"signs_in": inputs, "signs_out": len(stored["weight"])}
     s_in, s_out = (unpack_signs(stored[key], width) if key in stored else None for key, width in widths.items())

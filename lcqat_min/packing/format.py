@@ -21,7 +21,8 @@ from ..ptq.model import IN_TRAINING, QUANT_METHOD
 from .atomic_save import BEFORE, INDEX, WEIGHTS
 from .layer import PackedSpec
 
-VERSION = 1
+VERSION = 2
+DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors writes them
 AGAIN = "copy it again from where it was whole, or save the model again"
 
 
@@ -56,7 +57,7 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, PackedSpec]:
     what, found = files[0] if len(files) == 1 else folder, _tensors_in(files)
     for layer, key in ((layer, key) for layer, layout in layouts.items() for key in layout):
         dtype, shape = layouts[layer][key]
-        want, got = ("U8" if dtype == torch.uint8 else "F16", shape), found.get(f"{layer}.{key}", "missing")
+        want, got = (DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")
         if got != want:
             raise ValueError(f"tensor {layer}.{key} of {what} is {got}, not {want}: {AGAIN}")
     if settings.get("sha256") != digest(settings["layers"], files):

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
-from ..codebook.lloyd import Codebook
 from ..codebook.matrix import CodedMatrix
+from ..codebook.search import Search
+from ..codebook.table import Codebook
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
@@ -70,7 +71,8 @@ def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> 
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
     n, d = W.shape[1], codebook.dim
     L, metrics = _feedback_of(factor, d)
-    search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
+    search: Search = codebook.searcher(metrics)
+    words = codebook.codewords().T.contiguous()
     target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
     error = torch.empty_like(target)  # W - W_hat
     targets, errors = target.split(d), error.split(d)  # of each vector

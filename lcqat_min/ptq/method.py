@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from ..codebook.matrix import CodedMatrix
 from ..errors import UsageError
-from ..layer.linear import QuantLinear
+from ..layer.linear import QuantLinear, Signs
 from ..layer.rotation import random_signs, rotate
-from ..layer.stored import Signs
 from ..layer.units import in_units
 from .moments import Factor, factorize
 
@@ -59,10 +58,8 @@ class Method:
     def __post_init__(self) -> None:
         self.check("rotate", ROTATIONS)
         if not 0 <= self.damping < 1 or self.refits < 0:
-            raise UsageError(
-                f"{type(self).__name__}: damping is {self.damping} and refits {self.refits}; damping is a share, from 0 "
-                "to less than 1, and refits a count, 0 or more"
-            )
+            got = f"damping is {self.damping} and refits {self.refits}"
+            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and refits a count, 0 or more")
 
     def check(self, name: str, allowed: Sequence[str]) -> None:
         """UsageError where the field `name` has none of the values `allowed`."""

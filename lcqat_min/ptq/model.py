@@ -76,46 +76,38 @@ def quantize(
     """
     if isinstance(skip, str):
         raise UsageError(f"skip is the text {skip!r}; give a tuple: ({skip!r},)")
-    layers, left = dict(linear_layers(model, skip)), left_alone(model, skip)
-    if layers:
-        texts = _checked(batches, model, layers)
-        left |= read_or_written(model, layers, texts[0][:1])
-        layers = {name: layer for name, layer in layers.items() if name not in left}
-    _say_what_is_left(left)
-    if not layers:
-        quantized = any(getattr(module, "is_quantized", False) for module in model.modules())
-        already = "; this model is quantized already" if quantized else ""
-        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
-    with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
-        return _quantize(model, layers, texts, method or LCQAT(), seed, progress)
-
-
-def _quantize(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    batches: list[Tensor],
-    method: Method,
-    seed: int,
-    progress: Callable[[Iterable], Iterable],
-) -> list[LayerReport]:
-    generator = torch.Generator().manual_seed(seed)
-    method = method.start(list(layers.values()), generator)
+    layers, texts = _layers_and_texts(model, batches, skip)
+    generator, method = torch.Generator().manual_seed(seed), method or LCQAT()
     made: dict[str, QuantLinear] = {}
-    reports: list[LayerReport] = []
-    found = (moments for group in _groups(layers) for moments in _moments(model, group, batches))
-    for name, moments in zip(progress(layers), found, strict=False):
-        W, H = weight_of(layers[name]), moments.H
-        made[name] = layer = method.layer(W, H, layers[name].bias, generator)
-        if not torch.isfinite(weight := layer.weight.detach()).all():
-            raise UsageError(
-                f"the weight of {name!r} reaches {W.abs().max():.3g}: once rounded, it is more than fp32 holds. Load or "
-                "train the model again, or name the layer in `skip`"
-            )
-        reports.append(_report(name, W, weight, moments))
+    reports = []
+    with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
+        method = method.start(list(layers.values()), generator)
+        for name, moments in zip(progress(layers), _moments(model, layers, texts), strict=False):
+            W = weight_of(layers[name])
+            made[name] = method.layer(W, moments.H, layers[name].bias, generator)
+            if not torch.isfinite(weight := made[name].weight.detach()).all():
+                largest = f"{W.abs().max():.3g}"
+                raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
+            reports.append(_report(name, W, weight, moments))
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark(model)
     return reports
+
+
+def _layers_and_texts(
+    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
+    layers, left = dict(linear_layers(model, skip)), left_alone(model, skip)
+    texts = _checked(batches, model, layers) if layers else []
+    left |= read_or_written(model, layers, texts[0][:1]) if layers else {}
+    _say_what_is_left(left)
+    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
+        quantized = any(getattr(module, "is_quantized", False) for module in model.modules())
+        already = "; this model is quantized already" if quantized else ""
+        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
+    return layers, texts
 
 
 def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
@@ -146,12 +138,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """[out, in] of a weight."""
-    shape = tuple(layer.weight.shape)
-    return shape if isinstance(layer, nn.Linear) else shape[::-1]
-
-
 def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Module]) -> list[Tensor]:
     """The text of the batches, if it and the layers are what `quantize` can use."""
     for name, layer in layers.items():
@@ -162,10 +148,7 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     check_model(model)
     texts = [text for batch in batches for text in without_padding(*read_batch(batch, model, "calibration"))]
     if not (texts := [text for text in texts if text.numel()]):
-        raise UsageError(
-            "there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
-            "gives its batches only once)"
-        )
+        raise UsageError("no calibration tokens: give at least one batch of token ids [B, T] (an iterator ends once)")
     return texts
 
 
@@ -176,33 +159,29 @@ def _say_what_is_left(left: dict[str, str]) -> None:
         warnings.warn(f"not quantized: {some}; {why}", RuntimeWarning, stacklevel=4)
 
 
-def _moments(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor]) -> Iterator[Moments]:
+def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
     """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
-    found = second_moments(model, layers, batches)
-    if missing := [name for name in layers if name not in found]:
-        warnings.warn(
-            f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
-            "text, or name them in `skip`",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    for name, layer in layers.items():
-        if name not in found:
-            eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)
-            found[name] = Moments(eye, tokens=0)
-        yield found.pop(name)
+    for group in _groups(layers):
+        found = second_moments(model, group, texts)
+        if missing := [name for name in group if name not in found]:
+            why = "rounded without error feedback. Give more text, or name them in `skip`"
+            warnings.warn(f"no calibration token reached {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
+        for name, layer in group.items():
+            if name not in found:
+                found[name] = Moments(torch.eye(_inputs(layer)).to(layer.weight.device).double(), tokens=0)
+            yield found.pop(name)
 
 
 def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     """Layers whose second moments fit in memory together, at least one at a time."""
     group: dict[str, nn.Module] = {}
-    used = 0
     for name, layer in layers.items():
-        size = 8 * shape_of(layer)[1] ** 2
-        if group and used + size > MOMENTS_BYTES:
+        if group and sum(8 * _inputs(one) ** 2 for one in (*group.values(), layer)) > MOMENTS_BYTES:
             yield group
-            group, used = {}, 0
+            group = {}
         group[name] = layer
-        used += size
-    if group:
-        yield group
+    yield group
+
+
+def _inputs(layer: nn.Module) -> int:
+    return layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]

@@ -22,8 +22,7 @@ from ..codebook.lloyd import fit, table_start
 from ..codebook.matrix import CodedMatrix
 from ..codebook.table import TableCodebook
 from ..errors import UsageError
-from ..layer.linear import QuantLinear
-from ..layer.stored import Signs
+from ..layer.linear import QuantLinear, Signs
 from ..layer.units import in_units, root_mean_square
 from ..ptq.matrix import FIT_VECTORS, round_layer, sample_vectors
 from ..ptq.method import Method, pad, rotated

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from ..codebook.affine import AffineCodebook, scalar
 from ..codebook.digits import index_of
 from ..codebook.matrix import CodedMatrix
-from ..layer.linear import QuantLinear, starting_latents
-from ..layer.stored import Signs
+from ..layer.linear import QuantLinear, Signs, starting_latents
 from ..layer.surrogate import round_to_levels
 from ..ptq.ldlq import SMALLEST_SCALE, round_matrix
 from ..ptq.matrix import round_layer
