@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .affine import AffineCodebook
 from .digits import digits_of
-from .table import Codebook, TableCodebook
+from .table import Codebook, SomeCodebook, TableCodebook
 
 MOMENTUM = 0.9
 
 
-def fit(x: Tensor, start: Codebook, rounds: int) -> Codebook:
+def fit(x: Tensor, start: SomeCodebook, rounds: int) -> SomeCodebook:
     """Fit a codebook to vectors x [N, d] by alternating search and least squares (Lloyd's algorithm, LBG).
 
     Affine maps crawl along flat valleys, so each solution but the last two is carried on by MOMENTUM times
@@ -34,13 +35,11 @@ def fit(x: Tensor, start: Codebook, rounds: int) -> Codebook:
     cells move to the worst-served vectors. Raises ValueError for a wrong shape and for NaN or infinity.
     """
     if x.ndim != 2 or x.shape[1] != start.dim:
-        raise ValueError(
-            f"fit: vectors have shape {tuple(x.shape)}; the codebook wants [N, {start.dim}]. Reshape them."
-        )
+        raise ValueError(f"fit: vectors are {list(x.shape)}; the codebook wants [N, {start.dim}]: reshape them")
     if not torch.isfinite(x).all():
         raise ValueError("fit: the vectors hold NaN or infinity. Check the weights that they come from.")
-    book = best = start
-    least, solved = math.inf, None
+    book: Any = start
+    best, least, solved = start, math.inf, None
     for step in range(rounds + 1):
         index = book.encode(x)
         error = (x - book.decode(index)).square().mean().item()

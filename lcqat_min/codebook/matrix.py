@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic
 
 from torch import Tensor
 
 from .affine import AffineCodebook
-from .table import Codebook, TableCodebook
+from .table import Codebook, SomeCodebook, TableCodebook
 
 
 @dataclass(frozen=True)
-class CodedMatrix:
+class CodedMatrix(Generic[SomeCodebook]):
     """codebook; index: int64 [out, n / d], codebook indices; scale: fp32 [out], of the rows."""
 
-    codebook: Codebook
+    codebook: SomeCodebook
     index: Tensor
     scale: Tensor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -65,3 +66,4 @@ class TableCodebook:
 
 
 Codebook = AffineCodebook | TableCodebook
+SomeCodebook = TypeVar("SomeCodebook", bound=Codebook)

@@ -159,7 +159,7 @@ class AffineLinear(QuantLinear):
 
     def __init__(
         self,
-        coded: CodedMatrix,
+        coded: CodedMatrix[AffineCodebook],
         in_features: int,
         bias: Tensor | None,
         signs: Signs,
@@ -206,7 +206,7 @@ class AffineLinear(QuantLinear):
         return super().units() | {"latent": ("latents", bin_width), "A": ("codebooks", size), "b": ("codebooks", size)}
 
 
-def starting_latents(coded: CodedMatrix, target: Tensor | None = None) -> Tensor:
+def starting_latents(coded: CodedMatrix[AffineCodebook], target: Tensor | None = None) -> Tensor:
     """Latents that round to `coded.index`: fp32 [out, vectors, k], in bins (4 levels: 0..3; 2: -1, +1).
 
     target None: exactly on the digits, as in LC-QAT's release. Otherwise each latent also keeps what rounding lost.

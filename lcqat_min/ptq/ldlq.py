@@ -23,7 +23,7 @@ Limits: the codes are found greedily, once, vector by vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -112,22 +112,20 @@ def round_matrix(
     """
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
-        raise ValueError(
-            f"round_matrix: rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights. "
-            "The first two must be equal and a multiple of the third: pad both with zeros."
-        )
+        got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
+        raise ValueError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    methods = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
+    methods: list[Callable] = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
-    best: Rounded | None = None
+    rounded: list[Rounded] = []
     for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
         for method in methods:
-            rounded = method(W.repeat(len(group), 1), group.flatten(), codebook)
-            index, target = (part.unflatten(0, group.shape) for part in rounded)  # [scales, out, ...]
-            for candidate in zip(index, group, target, strict=True):
-                best = _better_rows(best, _with_loss(W, factor.H, codebook, words, *candidate))
-    return best
+            found = method(W.repeat(len(group), 1), group.flatten(), codebook)
+            index, target = (part.unflatten(0, group.shape) for part in found)  # [scales, out, ...]
+            for each in zip(index, group, target, strict=True):
+                rounded = [_best_rows([*rounded, _with_loss(W, factor.H, codebook, words, *each)])]
+    return rounded[0]
 
 
 def _with_loss(
@@ -137,15 +135,17 @@ def _with_loss(
     return Rounded(CodedMatrix(book, index, scale), target, loss)
 
 
-def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
-    """Each row from the one that loses less there."""
-    if best is None:
-        return other
-    win = other.loss < best.loss
-    index = torch.where(win[:, None], other.coded.index, best.coded.index)
-    scale = torch.where(win, other.coded.scale, best.coded.scale)
-    target = torch.where(win[:, None], other.target, best.target)
-    return Rounded(CodedMatrix(best.coded.codebook, index, scale), target, torch.where(win, other.loss, best.loss))
+def _best_rows(found: list[Rounded]) -> Rounded:
+    """Each row from the one of one or two that loses less there."""
+    best, *others = found
+    for other in others:
+        win = other.loss < best.loss
+        index = torch.where(win[:, None], other.coded.index, best.coded.index)
+        scale = torch.where(win, other.coded.scale, best.coded.scale)
+        target = torch.where(win[:, None], other.target, best.target)
+        loss = torch.where(win, other.loss, best.loss)
+        best = Rounded(CodedMatrix(best.coded.codebook, index, scale), target, loss)
+    return best
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
@@ -154,7 +154,7 @@ def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tens
     return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
 
 
-def refit(W: Tensor, coded: CodedMatrix, H: Tensor) -> AffineCodebook:
+def refit(W: Tensor, coded: CodedMatrix[AffineCodebook], H: Tensor) -> AffineCodebook:
     """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
 
     The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (ones

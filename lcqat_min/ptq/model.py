@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def mark(model: nn.Module) -> None:
 
     In a config of its own: another model, its teacher perhaps, may have been built from the same one.
     """
-    shared = getattr(model, "config", None)
+    shared: Any = getattr(model, "config", None)
     if callable(getattr(shared, "save_pretrained", None)):
         own = copy.copy(shared)
         own.quantization_config = dict(IN_TRAINING)

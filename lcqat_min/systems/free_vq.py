@@ -37,7 +37,7 @@ class TableLinear(QuantLinear):
 
     def __init__(
         self,
-        coded: CodedMatrix,
+        coded: CodedMatrix[TableCodebook],
         in_features: int,
         bias: Tensor | None,
         signs: Signs,
@@ -93,6 +93,7 @@ class FreeVQ(Method):
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TableLinear:
         signs = self.signs(W, generator)
         prepared = self.prepare(W, H, signs, self.dim)
+        assert self.table is not None  # quantize calls start before
         book = TableCodebook(self.table.detach().to(W.device))
         coded = prepared.in_weights(round_layer(prepared, book, self.feedback, self.refits).coded)
         return TableLinear(coded, W.shape[1], bias, signs, self.table)

@@ -245,7 +245,7 @@ def test_row_scales_are_shares_of_the_root_mean_square():
 def test_round_matrix_refuses_what_does_not_fit(n, inputs):
     W, factor = torch.ones(2, n), factorize(torch.eye(inputs))
     got = f"rows of {n} weights, moments of {inputs} inputs, vectors of 4"
-    with pytest.raises(ValueError, match=got + ".*pad both"):
+    with pytest.raises(ValueError, match=got + ".*pad them"):
         round_matrix(W, factor, lattice(4), row_scales(W))
 
 
