@@ -453,7 +453,7 @@ def test_untied_planes_of_8_weights(planes_8):
 
 
 def test_fit_refuses_vectors_of_another_size():
-    with pytest.raises(ValueError, match=r"shape \(10, 3\); the codebook wants \[N, 4\]. Reshape"):
+    with pytest.raises(ValueError, match=r"\[10, 3\]; the codebook wants \[N, 4\]: reshape"):
         fit(torch.zeros(10, 3), lattice(4), 1)
     with pytest.raises(ValueError, match=r"shape \(12,\)"):
         fit(torch.zeros(12), lattice(4), 1)
