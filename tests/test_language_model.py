@@ -12,7 +12,8 @@ from torch import nn
 
 from lcqat_min import QuantConfig, TrainConfig, kl_to, perplexity, quantize, train
 from lcqat_min.language_model import input_device, longest_window, read_batch, vocabulary, without_padding
-from lcqat_min.ptq.model import linear_layers, quant_layers
+from lcqat_min.layer.linear import quant_layers
+from lcqat_min.ptq.model import linear_layers
 from lcqat_min.ptq.moments import second_moments
 
 SCALAR = QuantConfig(codebook="scalar", rotate="none", refits=0)
@@ -140,7 +141,7 @@ def test_padding_counts_in_no_second_moment_and_no_code(tiny_gpt2, texts, side):
     reports = [quantize(model, given, config) for model, given in zip(models, ([batch], alone), strict=True)]
     assert [report.tokens for report in reports[0]] == [34] * 4 == [report.tokens for report in reports[1]]
     for (_, one), (_, other) in zip(*map(quant_layers, models), strict=True):
-        assert (one.codes() == other.codes()).float().mean() > 0.99
+        assert (one.indices() == other.indices()).float().mean() > 0.99
 
 
 def test_what_a_tokenizer_returns_is_a_batch(texts):

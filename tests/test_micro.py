@@ -26,10 +26,9 @@ from lcqat_min import QuantConfig, TrainConfig, kl_to, micro
 from lcqat_min import train as package_train
 from lcqat_min.codebook import AffineCodebook
 from lcqat_min.harness.models import BUNDLED, load
-from lcqat_min.layer.linear import AffineLinear
+from lcqat_min.layer.linear import AffineLinear, quant_layers
 from lcqat_min.ptq import model as convert
 from lcqat_min.ptq.ldlq import Rounded
-from lcqat_min.ptq.model import quant_layers
 
 FILE = Path(micro.__file__)
 MOST_LINES = 170
@@ -85,7 +84,7 @@ def test_codes_kl_and_losses_are_those_of_the_package():
     micro.quantize(ours, calibration.split(8), seed=0)
     convert.quantize(package, calibration.split(8), QuantConfig())
 
-    theirs = {name: layer.codes() for name, layer in quant_layers(package)}
+    theirs = {name: layer.indices() for name, layer in quant_layers(package)}
     # All are equal but for near ties, which other processors break in other ways: one moves the refit of its matrix,
     # and so one in a hundred of that matrix's codes.
     assert share_of_equal(codes_of(ours), theirs) >= 0.995

@@ -28,9 +28,11 @@ from ..harness.models import BUNDLED, choose_device, load
 from ..harness.results import difference, optional, write_json
 from ..harness.text import batches, load_text, sample_windows, say_if_repeated
 from ..language_model import longest_window
+from ..layer.linear import quant_layers
 from ..ptq.matrix import QuantConfig
-from ..ptq.model import linear_layers, quant_layers, quantize
-from ..qat.loop import TrainConfig, train
+from ..ptq.model import linear_layers, quantize
+from ..qat.config import TrainConfig
+from ..qat.loop import train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
@@ -105,6 +107,7 @@ def _train(args: argparse.Namespace) -> None:
     begun = _same_run(
         checkpoint,
         {
+            "model": config_of(args.folder)["quantization_config"].get("sha256"),
             "teacher": str(args.teacher or BUNDLED),
             "text": args.text,
             "tokens": args.tokens,

@@ -31,7 +31,8 @@ from ..packing.convert import to_storage_precision
 from ..packing.size import bits_per_weight
 from ..ptq.matrix import QuantConfig
 from ..ptq.model import quantize
-from ..qat.loop import TrainConfig, train
+from ..qat.config import TrainConfig
+from ..qat.loop import train
 from .evaluate import perplexity_and_kl
 from .generate import continue_prompt
 from .text import Splits, batches, sample_windows

@@ -1,6 +1,6 @@
 """The layer: codes -> weight -> y, and the gradients through the rounding."""
 
-from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear, starting_latents
+from .linear import AffineLinear, QuantLinear, StepLinear, TableLinear, quant_layers, starting_latents
 from .rotation import block_of, hadamard, mix, random_signs, rotate, unrotate
 from .surrogate import ESTIMATORS, round_to_levels, sign_of, slope
 
@@ -13,6 +13,7 @@ __all__ = [
     "block_of",
     "hadamard",
     "mix",
+    "quant_layers",
     "random_signs",
     "rotate",
     "round_to_levels",

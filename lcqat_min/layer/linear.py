@@ -25,6 +25,8 @@ Gives up: each forward writes the dense weight. For inference from packed codes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,12 +36,13 @@ from ..codebook.digits import digits_of, index_of
 from ..codebook.matrix import Rounded
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
+from .units import root_mean_square
 
 MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundary, so that rounding it is safe
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias and the forward pass; subclasses give `decoded()` and `codes()`."""
+    """Scales, rotation, bias and the forward pass; subclasses give `decoded()`, `indices()` and more `units()`."""
 
     def __init__(
         self,
@@ -62,9 +65,13 @@ class QuantLinear(nn.Module):
         """Weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors]."""
         raise NotImplementedError
 
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
         raise NotImplementedError
+
+    def units(self) -> dict[str, tuple[str, float]]:
+        """Parameter name -> its group (scales, latents or codebooks) and the size of one unit of its learning rate."""
+        return {name: ("scales", root_mean_square(self.get_parameter(name))) for name in ("row_scale", "col_scale")}
 
     @property
     def weight(self) -> Tensor:
@@ -128,8 +135,13 @@ class AffineLinear(QuantLinear):
         return (q * self.A + self.b).flatten(1) if self.A.numel() == 1 else (q @ self.A.T + self.b).flatten(1)
 
     @torch.no_grad()
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         return index_of(self.digits(), self.levels)
+
+    def units(self) -> dict[str, tuple[str, float]]:
+        """A latent's unit is a bin: 1 on a grid, 2 from -1 to +1. b starts near zero, so it is measured by A."""
+        latents, codebooks = ("latents", 2.0 if self.levels == 2 else 1.0), ("codebooks", root_mean_square(self.A))
+        return super().units() | {"latent": latents, "A": codebooks, "b": codebooks}
 
     def codebook(self) -> AffineCodebook:
         """The learned (A, b) as a codebook."""
@@ -159,8 +171,12 @@ class StepLinear(QuantLinear):
         return round_to_levels(self.latent / self.row_scale[:, None] + 1.5, 3, "clipped") - 1.5
 
     @torch.no_grad()
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         return index_of(self.decoded()[..., None], 4)
+
+    def units(self) -> dict[str, tuple[str, float]]:
+        """Latents are weights here, so their unit is the mean step."""
+        return super().units() | {"latent": ("latents", self.row_scale.detach().mean().item())}
 
 
 class TableLinear(QuantLinear):
@@ -184,8 +200,16 @@ class TableLinear(QuantLinear):
         return F.embedding(self.index, self.table.to(self.index.device)).flatten(1)
 
     @torch.no_grad()
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         return self.index.long()
+
+    def units(self) -> dict[str, tuple[str, float]]:
+        return super().units() | {"table": ("codebooks", root_mean_square(self.table))}
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Names and modules of the quantized layers that train."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
 
 
 def starting_latents(rounded: Rounded, on_codes: bool = False) -> Tensor:

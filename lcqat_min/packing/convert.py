@@ -76,14 +76,14 @@ def to_storage_precision(model: nn.Module) -> None:
         (layer, *_side_data(layer, name)) for name, layer in model.named_modules() if isinstance(layer, QuantLinear)
     ]
     for layer, numbers, exponent in rounded:
-        codes, old = layer.codes(), layer.row_scale.clone()
+        codes, old = layer.indices(), layer.row_scale.clone()
         for key, value in numbers.items():
             getattr(layer, key).copy_(value)
         layer.row_scale.mul_(2.0**exponent)
         if isinstance(layer, StepLinear):
             layer.latent.mul_((layer.row_scale / old)[:, None])
             on_code = scalar().to(old.device).decode(codes).flatten(1) * layer.row_scale[:, None]
-            layer.latent.copy_(torch.where(layer.codes() == codes, layer.latent, on_code))
+            layer.latent.copy_(torch.where(layer.indices() == codes, layer.latent, on_code))
 
 
 def _form(layer: QuantLinear, owner: str) -> Form:
@@ -149,7 +149,7 @@ def _renamed(layer: PackedLinear, form: Form) -> PackedLinear:
 def _pack(layer: QuantLinear, form: Form, name: str) -> PackedLinear:
     numbers, exponent = _side_data(layer, name)
     packed = PackedLinear(replace(form, exponent=exponent), name)
-    numbers["weight"] = pack_bits(layer.codes(), form.bits)
+    numbers["weight"] = pack_bits(layer.indices(), form.bits)
     for side in ("in", "out"):
         if (signs := getattr(layer, f"signs_{side}")) is not None:
             numbers[f"signs_{side}"] = pack_bits((signs > 0).long()[None], 1)[0]
@@ -161,7 +161,7 @@ def _pack(layer: QuantLinear, form: Form, name: str) -> PackedLinear:
 
 
 def _unpack(layer: PackedLinear, tables: dict[str, nn.Parameter]) -> QuantLinear:
-    form, book, index = layer.form, layer.codebook(), layer.codes()
+    form, book, index = layer.form, layer.codebook(), layer.indices()
     rounded = Rounded(book, index, layer.scale(), book.decode(index).flatten(1), layer.scale().double())
     common = (form.inputs, form.outputs, rounded, layer.bias, layer.signs("in"), layer.signs("out"))
     if form.kind == "affine":

@@ -162,7 +162,7 @@ class PackedLinear(nn.Module):
             return TableCodebook(self.owner[0].table.float().to(device))
         return AffineCodebook(self.A.float(), self.b.float(), self.form.levels)
 
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Codebook index of every vector, int64 [out, vectors]."""
         return unpack_bits(self.weight, self.form.bits, self.form.vectors)
 

@@ -134,7 +134,7 @@ class CodeStats:
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
     """Codes of every quantized layer, by name, int64 [out, vectors]: a snapshot to compare with later."""
     return {
-        name: layer.codes() for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, PackedLinear))
+        name: layer.indices() for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, PackedLinear))
     }
 
 

@@ -14,7 +14,6 @@ Gives up: each matrix is rounded by itself, from the second moments of the unqua
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -144,13 +143,6 @@ def round_layer(W: Tensor, factor: Factor, table: nn.Parameter | None, config: Q
             break
         best = other
     return best
-
-
-def in_units(x: Tensor) -> tuple[Tensor, float]:
-    """x in units of a power of four near its largest number, and that unit: squares then fit fp32, no digit changes."""
-    largest = x.abs().max().item()
-    unit = 4.0 ** max((math.frexp(largest)[1] - 1) // 2, -63) if largest else 1.0  # no smaller: it would be subnormal
-    return x / unit, unit
 
 
 def rotated(W: Tensor, signs: tuple[Tensor | None, Tensor | None]) -> Tensor:

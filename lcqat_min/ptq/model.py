@@ -29,19 +29,10 @@ from torch import Tensor, nn
 from ..codebook.lloyd import fit
 from ..codebook.matrix import Rounded
 from ..language_model import Batch, check_model, longest_window, read_batch, vocabulary, without_padding
-from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
+from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear, quant_layers
 from ..layer.rotation import random_signs
-from .matrix import (
-    FIT_VECTORS,
-    QuantConfig,
-    in_units,
-    normal_codebook,
-    pad,
-    prepare,
-    rotated,
-    round_layer,
-    sample_vectors,
-)
+from ..layer.units import in_units
+from .matrix import FIT_VECTORS, QuantConfig, normal_codebook, pad, prepare, rotated, round_layer, sample_vectors
 from .moments import Moments, second_moments
 from .select import left_alone, linear_layers, read_or_written
 
@@ -142,11 +133,6 @@ def mark(model: nn.Module) -> None:
         for module in model.modules():
             if getattr(module, "config", None) is shared:
                 module.config = own
-
-
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Names and modules of the quantized layers."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -100,7 +100,7 @@ def mixing(signs: torch.Tensor | None, width: int) -> torch.Tensor:
 def decode_by_loops(layer: QuantLinear) -> torch.Tensor:
     """fp64 [out, in padded]: one vector after the other, digit by digit from the code."""
     rows = []
-    for codes in layer.codes().tolist():
+    for codes in layer.indices().tolist():
         vectors = []
         for code in codes:
             if isinstance(layer, TableLinear):
@@ -128,7 +128,7 @@ def dense(layer: QuantLinear) -> torch.Tensor:
 def test_forward_is_the_dense_formula(kind, d, rotate, generator):
     for rows, width, bias in ((6, 7, False), (5, 33, True), (4, 130, False), (8, 24, True)):
         layer, rounded = some_layer(kind, d, rows, width, rotate, generator, bias)
-        assert torch.equal(layer.codes(), rounded.index)
+        assert torch.equal(layer.indices(), rounded.index)
         x = torch.randn(2, 3, width, generator=generator)
         expected = x.double() @ dense(layer).T
         if bias:
@@ -151,10 +151,10 @@ def test_starting_latents_round_to_their_codes(levels, seed, spread, d, on_codes
     target = near.target + spread * torch.randn(near.target.shape, generator=generator)
     rounded = Rounded(book, near.index, near.scale, target, near.loss)
     layer = AffineLinear(3 * d, 5, rounded, None, None, None, "ste", True, start_on_codes=on_codes)
-    assert torch.equal(layer.codes(), near.index)
+    assert torch.equal(layer.indices(), near.index)
     if d == 1 and levels == 4:
         unit = Rounded(cb.scalar(), near.index, near.scale, target, near.loss)
-        assert torch.equal(StepLinear(3, 5, unit, None, None, None).codes(), near.index)
+        assert torch.equal(StepLinear(3, 5, unit, None, None, None).indices(), near.index)
 
 
 def test_extreme_codes_of_a_byte_keep_their_place():
@@ -162,7 +162,7 @@ def test_extreme_codes_of_a_byte_keep_their_place():
         index = torch.tensor([[0, 255, 1, 254]])
         rounded = Rounded(book, index, torch.ones(1), 100 * book.decode(index).flatten(1), torch.zeros(1))
         layer = AffineLinear(16, 1, rounded, None, None, None, "ste", True, start_on_codes=False)
-        assert torch.equal(layer.codes(), index)
+        assert torch.equal(layer.indices(), index)
         assert layer.weight[0, :8].tolist() == [-1.5] * 4 + [1.5] * 4
 
 
@@ -255,7 +255,7 @@ def test_gradients_are_the_chain_rule(kind, d, estimator, generator):
     d_decoded = torch.zeros_like(decoded)
     d_decoded[:, :width] = dM * r[:, None]
     per_vector = d_decoded.view(-1, d)
-    q = digits_of(layer.codes(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
+    q = digits_of(layer.indices(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
     latent = layer.latent.detach()
     u, top = ((latent + 1) / 2, 1) if layer.levels == 2 else (latent, 3)
     expected = {
@@ -281,7 +281,7 @@ def test_smooth_parameters_agree_with_finite_differences(kind, d, generator):
         return (layer(x) * weights).sum().double().item()
 
     (layer(x) * weights).sum().backward()
-    codes = layer.codes()
+    codes = layer.indices()
     for name, parameter in layer.named_parameters():
         if name == "latent":
             continue
@@ -294,7 +294,7 @@ def test_smooth_parameters_agree_with_finite_differences(kind, d, generator):
             below = value()
             flat[i] = here
             assert (above - below) / 0.5 == pytest.approx(grad[i].item(), rel=2e-3, abs=2e-3), name
-    assert torch.equal(layer.codes(), codes)
+    assert torch.equal(layer.indices(), codes)
 
 
 def test_step_gradient_is_that_of_lsq(generator):
@@ -340,7 +340,7 @@ def test_low_precision_inputs_and_autocast(kind, generator):
         assert layer(x).dtype == torch.bfloat16
         assert torch.equal(layer.weight, W)
         assert layer.weight.dtype == torch.float32
-        assert torch.equal(layer.codes(), rounded.index)
+        assert torch.equal(layer.indices(), rounded.index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

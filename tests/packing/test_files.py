@@ -418,7 +418,7 @@ def test_unquantized_parts_are_saved_in_the_dtype_asked_for(kind, ready, tmp_pat
     loaded = load_packed(tmp_path / "half", trainable=True)
     assert bits == bits_per_weight(load_packed(tmp_path / "half")) and loaded.config.dtype == torch.bfloat16
     layer, same = (next(m for m in one.modules() if isinstance(m, QuantLinear)) for one in (model, loaded))
-    assert torch.equal(layer.codes(), same.codes()) and same.col_scale.dtype == torch.float32
+    assert torch.equal(layer.indices(), same.indices()) and same.col_scale.dtype == torch.float32
     assert largest_difference(model, loaded.float()) < 0.02  # embeddings and norms of 8 bits
 
 

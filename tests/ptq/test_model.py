@@ -101,7 +101,7 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of all codes and of every number of the model."""
     digest = hashlib.sha256()
     for name, layer in quant_layers(model):
-        digest.update(name.encode() + layer.codes().numpy().tobytes())
+        digest.update(name.encode() + layer.indices().numpy().tobytes())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
@@ -166,7 +166,7 @@ def test_other_vector_lengths(tiny_gpt2, batches, kind, d):
     assert len(reports) == 2
     for report in reports:
         layer = model.get_submodule(report.name)
-        assert layer.codes().shape == (report.shape[0], -(-report.shape[1] // d))
+        assert layer.indices().shape == (report.shape[0], -(-report.shape[1] // d))
         assert report.loss < 0.3
 
 
@@ -318,7 +318,7 @@ def test_weights_and_inputs_of_any_size_are_rounded_alike(odd_net, generator, ki
     for weights, inputs in ((1, 1), (4.0**42, 1), (4.0**-50, 1), (1, 4.0**40), (1, 4.0**-50), (4.0**42, 4.0**-50)):
         model = scaled(odd_net, weights, inputs)
         reports = quantize(model, batches, config)
-        W, found = model.first.weight.detach().double() / weights, model.first.codes()
+        W, found = model.first.weight.detach().double() / weights, model.first.indices()
         if expected is None:
             first, expected, codes = reports[0], W, found
         assert reports[0] == first and first.loss > 0

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lcqat_min import QuantConfig, quantize
+from lcqat_min.layer.linear import quant_layers
 from lcqat_min.packing.convert import pack_layers
-from lcqat_min.ptq.model import linear_layers, quant_layers
+from lcqat_min.ptq.model import linear_layers
 from lcqat_min.ptq.select import BYPASSED, HELPER, OUTSIDE, SHARED, left_alone, read_or_written
 
 IDS = torch.arange(22).view(2, 11) % 11
