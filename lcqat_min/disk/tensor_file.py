@@ -61,9 +61,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: {remedy}") from error
     except PermissionError as error:
-        raise PermissionError(
-            f"{path} may not be read by this user: its owner can chmod -R a+rX {path.parent}"
-        ) from error
+        raise PermissionError(f"{path} may not be read by this user: chmod -R a+rX {path.parent} permits it") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
     except SafetensorError as error:

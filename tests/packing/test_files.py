@@ -369,7 +369,7 @@ def test_training_goes_on_from_the_file(kind, ready, tmp_path):
         return m(input_ids=TOKENS, labels=TOKENS).loss
 
     assert loss(loaded).item() == pytest.approx(loss(model).item(), abs=1e-6)
-    history = train(loaded, [TOKENS] * 10, TrainConfig(steps=10, log_every=1))
+    history = train(loaded, [TOKENS] * 10, TrainConfig(steps=10, log_every=1, log_movement=True))
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(history[-1][key] > 0 for key in history[-1] if key.startswith(("grad_", "moved_")))
     if kind == "table":
