@@ -87,7 +87,7 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         remedy = "give batches of token ids, integers [B, T]: for one tensor of windows [n, T] that is windows.split(8)"
-        raise ValueError(f"a {what} batch is {_described(ids)}; {remedy}")
+        raise ValueError(f"a {what} batch is {_described(ids if isinstance(ids, Tensor) else batch)}; {remedy}")
     check_tokens(ids, model, f"a {what} batch")
     if mask is None:
         _warn_of_padding(ids, model, what)

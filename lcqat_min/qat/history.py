@@ -2,7 +2,7 @@
 
     grad_<group>     sqrt( sum g^2 ) over the gradients of a group, before clipping
     flips            share of the codebook indices that differ from those at the start
-    moved_<group>    sqrt( mean (p - p_start)^2 ) over the parameters of a group, as they are stored
+    moved_<group>    sqrt( mean (p - p_start)^2 ) over the parameters of a group, in plain numbers
 
 The start is a dict of tensors: `index.<layer>` holds the indices of a layer, in one byte each if they fit, and
 `value.<parameter>` is a copy of a parameter, made only where movement is logged.

@@ -144,9 +144,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             if p.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"{name!r} is {p.dtype}, in which small steps are lost: call model.float(), or freeze it"
-                )
+                raise TypeError(f"{name!r} is {p.dtype}, which loses small steps: call model.float(), or freeze it")
             group, unit = units.get(p, ("rest", 1.0))
             rate = config.learning_rates[group] * unit
             groups.append({"params": [p], "name": name, "group": group, "lr": rate, "full_lr": rate})
@@ -183,5 +181,5 @@ def _culprit(groups: list[dict]) -> str:
     """The first parameter or, since the backward pass goes the other way, the last gradient that is not finite."""
     tensors = [(f"{group['name']!r}", group["params"][0]) for group in groups]
     tensors += [(f"the gradient of {name}", p.grad) for name, p in reversed(tensors) if p.grad is not None]
-    wrong = (f"{name} holds NaN or infinity, lower its rate" for name, x in tensors if not torch.isfinite(x).all())
+    wrong = (f"{name} holds NaN or infinity: look there" for name, x in tensors if not torch.isfinite(x).all())
     return next(wrong, "all that trains is finite: check the batch, the teacher and the dtype (fp16 overflows)")
