@@ -25,7 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from .harness.evaluate import kl_to, perplexity  # noqa: E402
 from .ptq.lcqat import LCQAT  # noqa: E402
 from .ptq.model import quantize  # noqa: E402
-from .qat.loop import TrainConfig, train  # noqa: E402
+from .qat.config import TrainConfig  # noqa: E402
+from .qat.loop import train  # noqa: E402
 
 __all__ = ["LCQAT", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
 __version__ = "0.1.0"

@@ -32,7 +32,8 @@ from ..layer.linear import quant_layers
 from ..ptq.lcqat import LCQAT
 from ..ptq.model import quantize
 from ..ptq.select import linear_layers
-from ..qat.loop import TrainConfig, train
+from ..qat.config import TrainConfig
+from ..qat.loop import train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
@@ -112,6 +113,7 @@ def _train(args: argparse.Namespace) -> None:
     begun = _same_run(
         checkpoint,
         {
+            "model": config_of(args.folder)["quantization_config"].get("sha256"),
             "teacher": str(args.teacher or BUNDLED),
             "text": args.text,
             "tokens": args.tokens,

@@ -32,7 +32,8 @@ from ..packing.size import bits_per_weight
 from ..ptq.lcqat import LCQAT
 from ..ptq.method import Method
 from ..ptq.model import quantize
-from ..qat.loop import TrainConfig, train
+from ..qat.config import TrainConfig
+from ..qat.loop import train
 from ..systems.free_vq import FreeVQ
 from ..systems.lsq import LSQ
 from .evaluate import perplexity_and_kl

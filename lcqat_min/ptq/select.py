@@ -1,16 +1,16 @@
-"""Which layers of a model are quantized, and which are left as they are, and why.
+"""Which layers of a model are quantized, and which stay as they are, and why.
 
-A layer is quantized where the model does nothing with its weight but to call the layer: y = x W^T + bias, nn.Linear or
-transformers' Conv1D with its transposed weight. What looks like that and is not:
+A layer is quantized where the model uses its weight only by calling the layer: y = x W^T + bias, nn.Linear or
+transformers' Conv1D with its transposed weight. These look like that and stay:
 
     the output head, and layers that the caller skips by name
     layers whose weight is used in two places, tied ones for example
     the small matrices of adapters (LoRA), which add to the layer that they adapt
     in models of text and images, all that is outside of the language model: no token of text goes there
-    layers whose weight the model reads or writes itself: it would read codes once the layer is packed, and what it
-    writes would be lost. `read_or_written` finds them while the model runs.
+    layers whose weight the model reads or writes itself: it would read packed codes once the layer is packed, and what
+    it writes would be lost. `read_or_written` finds them while the model runs.
 
-Limits: code that a short text without a cache does not reach, or that goes around torch, is not noticed.
+Limits: code that a short text without a cache does not reach, or that does not go through torch, is not noticed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_leaves
 from ..language_model import input_device, keep_modes, run, text_config
 
 SHARED = "their weight is used in two places"
-HELPER = "they belong to an adapter; merge it before, or it stays beside the quantized layer"
+HELPER = "they belong to an adapter; merge it first, or it stays beside the quantized layer"
 OUTSIDE = "no text reaches them, as they are outside of the language model"
 BYPASSED = "the model reads or writes their weight itself, instead of calling the layer"
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that `quantize` would replace, if `read_or_written` finds nothing against it."""
+    """Names and modules that `quantize` replaces, unless `read_or_written` finds a reason against it."""
     return ((name, layer) for name, layer, why in _all_linear(model, skip) if not why)
 
 
@@ -49,34 +49,26 @@ def _all_linear(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, 
     inside, helpers = _language_model(model), _helpers(model)
     for name, module in model.named_modules():
         is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        # Subclasses that compute something else (routers, adapters) stay; Falcon's is a linear map, written out.
-        is_linear = isinstance(module, nn.Linear) and (
-            type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
-        )
+        # Subclasses that compute something else (routers, adapters) stay. Falcon's is a linear map, written out.
+        is_plain = type(module).__name__ == "FalconLinear" or type(module).forward is nn.Linear.forward
+        is_linear = isinstance(module, nn.Linear) and is_plain
         skipped = module is head or any(part in name for part in skip)
         if (is_linear or is_conv1d) and not skipped and (count := uses[id(module.weight)]):
-            why = {SHARED: count > 1, HELPER: module in helpers, OUTSIDE: inside is not None and module not in inside}
-            yield name, module, next((reason for reason, holds in why.items() if holds), "")
+            reasons = {SHARED: count > 1, HELPER: module in helpers, OUTSIDE: module not in inside}
+            yield name, module, next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _language_model(model: nn.Module) -> set[nn.Module] | None:
-    """The modules that text goes through, where the config says that there are others; else None."""
-    config = getattr(model, "config", None)
-    if text_config(model) is config or not callable(getattr(model, "get_decoder", None)):
-        return None
-    return set(model.get_decoder().modules())
+def _language_model(model: nn.Module) -> set[nn.Module]:
+    """The modules that text goes through: all, except where the config says that there are others."""
+    whole = text_config(model) is getattr(model, "config", None) or not hasattr(model, "get_decoder")
+    return set((model if whole else model.get_decoder()).modules())
 
 
 def _helpers(model: nn.Module) -> set[nn.Module]:
     """What adapters put beside the layer that they adapt, which peft calls base_layer."""
-    return {
-        helper
-        for module in model.modules()
-        if isinstance(getattr(module, "base_layer", None), nn.Module)
-        for name, child in module.named_children()
-        if name != "base_layer"
-        for helper in child.modules()
-    }
+    adapters = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
+    children = [child for module in adapters for child in module.children() if child is not module.base_layer]
+    return {helper for child in children for helper in child.modules()}
 
 
 class _Watch(TorchDispatchMode):
@@ -94,11 +86,22 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
-            if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:  # others need not have an address
-                continue
-            if (name := self.names.get(x.data_ptr())) and name not in self.running:
+            has_address = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+            if has_address and (name := self.names.get(x.data_ptr())) and name not in self.running:
                 self.found.add(name)
         return func(*args, **(kwargs or {}))
+
+    def noted(self, name: str, forward: Callable) -> Callable:
+        """`forward`, with the name in `running` while it runs."""
+
+        def call(*args, **kwargs):
+            self.running.append(name)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return call
 
 
 def read_or_written(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> dict[str, str]:
@@ -109,52 +112,37 @@ def read_or_written(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tens
     in evaluation mode.
     """
     watch = _Watch(layers)
-    with keep_modes(model), torch.no_grad(), _told_of_calls(layers, watch.running), watch:
-        with _restored(model), suppress(Exception):  # a model that cannot be trained has no such switch
+    with keep_modes(model), torch.no_grad(), _calls_noted(layers, watch), watch:
+        with _restored(model), suppress(Exception):  # a model that cannot be trained does not rescale
             run(model.train(), ids)
         run(model.eval(), ids)
     return {name: BYPASSED for name in layers if name in watch.found}
 
 
 @contextmanager
-def _told_of_calls(layers: Mapping[str, nn.Module], running: list[str]) -> Iterator[None]:
-    """Keeps the names of layers whose forward runs in `running`. Not by hooks: torch's encoder layers avoid those."""
-
-    def noted(name: str, forward: Callable) -> Callable:
-        def call(*args, **kwargs):
-            running.append(name)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                running.pop()
-
-        return call
-
-    own = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
+def _calls_noted(layers: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
+    """Tells `watch` of calls of the layers, without hooks: torch's encoder layers avoid layers with hooks."""
+    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.forward = watch.noted(name, layer.forward)
     try:
-        for name, layer in layers.items():
-            layer.forward = noted(name, layer.forward)
         yield
     finally:
         for name, layer in layers.items():
-            layer.__dict__.pop("forward", None)
-            if own[name] is not None:
+            del layer.forward
+            if own[name]:
                 layer.forward = own[name]
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards buffers (running means, say) and the random generators are as before."""
-    buffers = [
-        (module, key, buffer, buffer.clone())
-        for module in model.modules()
-        for key, buffer in module.named_buffers(recurse=False)
-    ]
-    device = input_device(model)
+    """Afterwards buffers (running means, for example) and the random generators are as before."""
+    stored = [(part._buffers, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
+    copies, device = [x.clone() for _, _, x in stored], input_device(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of training without gradients
             yield
     finally:
-        for module, key, buffer, before in buffers:
-            module._buffers[key] = buffer.copy_(before)
+        for (buffers, key, x), copy in zip(stored, copies, strict=True):
+            buffers[key] = x.copy_(copy)

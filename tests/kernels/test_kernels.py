@@ -550,7 +550,7 @@ def trained_layer(rows: int, columns: int, book: AffineCodebook, rotated: bool) 
 def arguments_of(layer: AffineLinear) -> tuple:
     book = layer.codebook()
     return (
-        pack_bits(layer.codes(), book.bits),
+        pack_bits(layer.indices(), book.bits),
         book,
         layer.row_scale,
         layer.bias,

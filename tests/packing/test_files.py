@@ -369,7 +369,7 @@ def test_training_goes_on_from_the_file(kind, ready, tmp_path):
         return m(input_ids=TOKENS, labels=TOKENS).loss
 
     assert loss(loaded).item() == pytest.approx(loss(model).item(), abs=1e-6)
-    history = train(loaded, [TOKENS] * 10, TrainConfig(steps=10, log_every=1))
+    history = train(loaded, [TOKENS] * 10, TrainConfig(steps=10, log_every=1, log_movement=True))
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(history[-1][key] > 0 for key in history[-1] if key.startswith(("grad_", "moved_")))
     if kind == "table":
@@ -418,7 +418,7 @@ def test_unquantized_parts_are_saved_in_the_dtype_asked_for(kind, ready, tmp_pat
     loaded = load_packed(tmp_path / "half", trainable=True)
     assert bits == bits_per_weight(load_packed(tmp_path / "half")) and loaded.config.dtype == torch.bfloat16
     layer, same = (next(m for m in one.modules() if isinstance(m, QuantLinear)) for one in (model, loaded))
-    assert torch.equal(layer.codes(), same.codes()) and same.col_scale.dtype == torch.float32
+    assert torch.equal(layer.indices(), same.indices()) and same.col_scale.dtype == torch.float32
     assert largest_difference(model, loaded.float()) < 0.02  # embeddings and norms of 8 bits
 
 

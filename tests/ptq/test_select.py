@@ -10,15 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import method
 from torch import nn
 
-from lcqat_min import QuantConfig, quantize
+from lcqat_min import quantize
+from lcqat_min.layer.linear import quant_layers
 from lcqat_min.packing.convert import pack_layers
-from lcqat_min.ptq.model import linear_layers, quant_layers
+from lcqat_min.ptq.model import linear_layers
 from lcqat_min.ptq.select import BYPASSED, HELPER, OUTSIDE, SHARED, left_alone, read_or_written
 
 IDS = torch.arange(22).view(2, 11) % 11
-SCALAR = QuantConfig(codebook="scalar", rotate="none", refits=0)
+SCALAR = method("scalar", rotate="none", refits=0)
 
 
 class Net(nn.Module):
@@ -183,7 +185,7 @@ def test_the_failure_of_a_model_leaves_no_trace_either():
 def test_nothing_is_left_to_quantize():
     seen = pytest.warns(RuntimeWarning, match="not quantized: second")
     with seen, pytest.raises(ValueError, match="no linear layer"):
-        quantize(Net(USES["data"]), [IDS], QuantConfig(skip=("first",)))
+        quantize(Net(USES["data"]), [IDS], method(), skip=("first",))
 
 
 class Adapted(nn.Module):

@@ -57,7 +57,7 @@ def the_whole_way(name: str, teacher: torch.nn.Module, folder: Path) -> None:
     start = {key: value.clone() for key, value in model.state_dict().items()}
     history = train(model, [IDS] * 4, TrainConfig(4, log_every=1), teacher)
     assert history[-1]["loss"] < history[0]["loss"]
-    kinds = {id(group["params"][0]): group["kind"] for group in parameter_groups(model, TrainConfig(4))}
+    kinds = {id(group["params"][0]): group["group"] for group in parameter_groups(model, TrainConfig(4))}
     for layer_name, layer in quant_layers(model):
         assert all(kinds[id(getattr(layer, key))] == kind for key, (kind, _) in layer.units().items())
         assert not torch.equal(layer.row_scale, start[f"{layer_name}.row_scale"])
