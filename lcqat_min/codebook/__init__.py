@@ -3,10 +3,10 @@
 from .affine import AffineCodebook, frame_planes, lattice, random_planes, scalar
 from .bitstring import pack_bits, unpack_bits
 from .digits import digits_of, index_of
-from .lloyd import fit, mean_squared_error, table_start
-from .matrix import CodedMatrix
+from .lloyd import fit, mean_squared_error
+from .matrix import Codebook, CodedMatrix
 from .search import nearest
-from .table import Codebook, TableCodebook
+from .table import TableCodebook, table_start
 
 __all__ = [
     "AffineCodebook",

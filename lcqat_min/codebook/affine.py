@@ -58,6 +58,10 @@ class AffineCodebook:
         return self.A.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    @property
     def bits(self) -> int:
         """m, bits of an index."""
         return self.A.shape[1] * (self.levels.bit_length() - 1)
@@ -84,12 +88,14 @@ class AffineCodebook:
         None: plain distance, g = 0. Exact up to 8 bits, with all that does not depend on x prepared once; above,
         a search by halves whose error is, for fitted planes, 0.2 to 2 % above the exact one.
         """
-        from .search import nearest, nearest_by_halves, nearest_level  # a layer never searches
+        from .search import nearest, nearest_level  # a layer never searches
 
         if self.dim == self.A.shape[1] == 1:
             return nearest_level(self.A.item(), self.b.item(), self.levels)
         if self.bits <= EXACT_BITS:
             return nearest(self.codewords(), metrics)
+        from .search_by_halves import nearest_by_halves
+
         search = nearest_by_halves(self.A, self.levels, metrics)
         return lambda x, g: search(x - self.b[:, None], g)
 
@@ -105,6 +111,18 @@ class AffineCodebook:
             return AffineCodebook(self.A[:, ::2].contiguous(), self.b, 4)
         columns = torch.stack([self.A, self.A / 2], dim=2)  # hi0 lo0 hi1 lo1 ...: the bits keep their order
         return AffineCodebook(columns.flatten(1), self.b, 2)
+
+    def solved(self, x: Tensor, index: Tensor) -> AffineCodebook:
+        """The least-squares (A, b) for vectors x [N, d] with these codes; fp64 normal equations, (k + 1) x (k + 1)."""
+        k = self.A.shape[1]
+        q = torch.cat([digits_of(index, k, self.levels), x.new_ones(len(x), 1)], dim=1).double()
+        ridge = 1e-6 * torch.eye(k + 1, dtype=torch.float64, device=x.device)  # a digit may be constant here
+        solution = torch.linalg.solve(q.T @ q + ridge, q.T @ x.double()).T.float()
+        return replace(self, A=solution[:, :k].contiguous(), b=solution[:, k].contiguous())
+
+    def ahead_of(self, previous: AffineCodebook, momentum: float) -> AffineCodebook:
+        """A moved on by `momentum` times its change since `previous`."""
+        return replace(self, A=self.A + momentum * (self.A - previous.A))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: A [d, m] and b [d] of the codebook as planes."""

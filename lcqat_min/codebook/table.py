@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-from .affine import AffineCodebook
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,10 @@ class TableCodebook:
     def dim(self) -> int:
         """d, weights in a vector."""
         return self.table.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
 
     @property
     def bits(self) -> int:
@@ -57,6 +58,23 @@ class TableCodebook:
     def as_planes(self) -> None:
         """None: no linear form."""
 
+    def solved(self, x: Tensor, index: Tensor) -> TableCodebook:
+        """The mean of each cell of the vectors x [N, d]; empty cells move to the vectors with the largest errors."""
+        size = len(self.table)
+        count = torch.bincount(index, minlength=size)
+        total = torch.zeros_like(self.table).index_add_(0, index, x)
+        table = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], self.table)
+        empty = (count == 0).nonzero().flatten()
+        if len(empty):
+            error = (x - self.decode(index)).square().sum(1)
+            worst = error.topk(min(len(empty), len(x))).indices
+            table[empty[: len(worst)]] = x[worst]
+        return TableCodebook(table)
+
+    def ahead_of(self, previous: TableCodebook, momentum: float) -> TableCodebook:
+        """Itself: cells do not move in one direction for long."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: the table."""
         return {"table": self.table}
@@ -65,5 +83,8 @@ class TableCodebook:
         return TableCodebook(self.table.to(device))
 
 
-Codebook = AffineCodebook | TableCodebook
-SomeCodebook = TypeVar("SomeCodebook", bound=Codebook)
+def table_start(x: Tensor, size: int, generator: torch.Generator) -> TableCodebook:
+    """k-means start: `size` of the vectors x [N, d], drawn without repetition. ValueError where N < size."""
+    if len(x) < size:
+        raise ValueError(f"table_start: {len(x)} vectors for a table of {size}. Give more or lower `size`.")
+    return TableCodebook(x[torch.randperm(len(x), generator=generator)[:size].to(x.device)].clone())

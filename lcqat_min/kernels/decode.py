@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from ..cached_tensors import made_once
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of, index_of
-from ..codebook.table import Codebook, TableCodebook
+from ..codebook.matrix import Codebook
+from ..codebook.table import TableCodebook
 from .fold import MOST_BYTES, by_compiled_planes, by_integers, by_planes, by_sums, multiplies_bytes
 
 WORKSPACE = 1 << 20  # bytes to decode into, used again and again: they stay in a core's second-level cache

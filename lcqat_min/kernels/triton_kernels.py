@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
-from ..codebook.table import Codebook
+from ..codebook.matrix import Codebook
 from ..layer.rotation import rotate, unrotate
 from . import decode as cpu
 

@@ -34,8 +34,7 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of, index_of
-from ..codebook.matrix import CodedMatrix
-from ..codebook.table import Codebook
+from ..codebook.matrix import Codebook, CodedMatrix
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
 from .units import root_mean_square

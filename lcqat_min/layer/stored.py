@@ -24,8 +24,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import pack_bits, unpack_bits
-from ..codebook.matrix import CodedMatrix, codebook_from
+from ..codebook.matrix import Codebook, CodedMatrix
+from ..codebook.table import TableCodebook
 
 FP16_NORMAL = 2.0**-14, 65504.0  # the range in which fp16 has all of its 11 bits
 SMALLEST = 2.0**-24  # above zero, in fp16
@@ -80,3 +82,10 @@ def coded_matrix_of(stored: Mapping[str, Tensor], inputs: int) -> CodedMatrix:
     """The codebook, the indices and the row scales of a stored layer."""
     book = codebook_from(stored)
     return CodedMatrix(book, unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim)), row_scale_of(stored))
+
+
+def codebook_from(stored: Mapping[str, Tensor]) -> Codebook:
+    """The codebook of a stored layer, in fp32: planes, or a table."""
+    if "table" in stored:
+        return TableCodebook(stored["table"].float())
+    return AffineCodebook(stored["A"].float(), stored["b"].float(), levels=2)

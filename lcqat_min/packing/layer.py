@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook.bitstring import unpack_bits
-from ..codebook.matrix import codebook_from
-from ..codebook.table import Codebook
+from ..codebook.matrix import Codebook
 from ..kernels.triton_kernels import packed_linear
-from ..layer.stored import row_scale_of, unpack_signs
+from ..layer.stored import codebook_from, row_scale_of, unpack_signs
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
-from ..codebook.matrix import CodedMatrix
+from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.search import Search
-from ..codebook.table import Codebook
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codebook.table import Codebook
+from ..codebook.matrix import Codebook
 from .ldlq import Rounded, refit, round_matrix, row_scales
 from .method import Prepared
 

@@ -15,17 +15,17 @@ Limits: code that a short text without a cache does not reach, or that does not 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..language_model import input_device, keep_modes, run, text_config
+from ..language_model import keep_modes, run, text_config
 
 SHARED = "their weight is used in two places"
 HELPER = "they belong to an adapter; merge it first, or it stays beside the quantized layer"
@@ -84,6 +84,12 @@ class _Watch(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its compiler for this, which takes seconds
 
+    def enter(self, name: str, *_: object) -> None:
+        self.running.append(name)
+
+    def leave(self, *_: object) -> None:
+        self.running.pop()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
             has_address = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
@@ -91,58 +97,23 @@ class _Watch(TorchDispatchMode):
                 self.found.add(name)
         return func(*args, **(kwargs or {}))
 
-    def noted(self, name: str, forward: Callable) -> Callable:
-        """`forward`, with the name in `running` while it runs."""
-
-        def call(*args, **kwargs):
-            self.running.append(name)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.running.pop()
-
-        return call
-
 
 def read_or_written(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor) -> dict[str, str]:
     """Names of those `layers` whose weight the model uses without calling them, with BYPASSED for each.
 
     Runs token ids [B, T] through the model in training mode and in evaluation mode, since some models rescale weights
-    when the mode changes. Modes, buffers and the random state are as before afterwards. Raises what the model raises
-    in evaluation mode.
+    when the mode changes. Raises what the model raises in evaluation mode.
     """
-    watch = _Watch(layers)
-    with keep_modes(model), torch.no_grad(), _calls_noted(layers, watch), watch:
-        with _restored(model), suppress(Exception):  # a model that cannot be trained does not rescale
-            run(model.train(), ids)
-        run(model.eval(), ids)
-    return {name: BYPASSED for name in layers if name in watch.found}
-
-
-@contextmanager
-def _calls_noted(layers: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Tells `watch` of calls of the layers, without hooks: torch's encoder layers avoid layers with hooks."""
-    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    watch, hooks = _Watch(layers), []
     for name, layer in layers.items():
-        layer.forward = watch.noted(name, layer.forward)
+        hooks.append(layer.register_forward_pre_hook(partial(watch.enter, name)))
+        hooks.append(layer.register_forward_hook(watch.leave, always_call=True))
     try:
-        yield
+        with keep_modes(model), torch.no_grad(), torch.random.fork_rng(), watch:
+            with suppress(Exception):  # a model that cannot be trained does not rescale
+                run(model.train(), ids)
+            run(model.eval(), ids)
     finally:
-        for name, layer in layers.items():
-            del layer.forward
-            if own[name]:
-                layer.forward = own[name]
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards buffers (running means, for example) and the random generators are as before."""
-    stored = [(part._buffers, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
-    copies, device = [x.clone() for _, _, x in stored], input_device(model)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of training without gradients
-            yield
-    finally:
-        for (buffers, key, x), copy in zip(stored, copies, strict=True):
-            buffers[key] = x.copy_(copy)
+        for hook in hooks:
+            hook.remove()
+    return {name: BYPASSED for name in layers if name in watch.found}

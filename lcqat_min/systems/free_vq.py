@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..codebook.lloyd import fit, table_start
+from ..codebook.lloyd import fit
 from ..codebook.matrix import CodedMatrix
-from ..codebook.table import TableCodebook
+from ..codebook.table import TableCodebook, table_start
 from ..errors import UsageError
 from ..layer.linear import QuantLinear, Signs
 from ..layer.units import in_units, root_mean_square

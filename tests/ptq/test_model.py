@@ -19,7 +19,8 @@ from torch import nn
 
 from lcqat_min import TrainConfig, kl_to, train
 from lcqat_min import codebook as cb
-from lcqat_min.codebook.lloyd import fit, mean_squared_error, table_start
+from lcqat_min.codebook.lloyd import fit, mean_squared_error
+from lcqat_min.codebook.table import table_start
 from lcqat_min.kernels import decode as cpu
 from lcqat_min.kernels import fold as folded
 from lcqat_min.layer import rotation
