@@ -62,6 +62,11 @@ class AffineCodebook:
         """m, bits of an index."""
         return self.A.shape[1] * (self.levels.bit_length() - 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where A and b are."""
+        return self.A.device
+
     def numbers(self) -> int:
         """How many learned numbers the codebook stores."""
         return self.A.numel() + self.b.numel()

@@ -30,6 +30,11 @@ class TableCodebook:
         """m, bits of an index."""
         return int(self.table.shape[0]).bit_length() - 1  # no int in torch.jit.trace
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.table.device
+
     def numbers(self) -> int:
         """How many learned numbers the codebook stores."""
         return self.table.numel()
@@ -49,6 +54,10 @@ class TableCodebook:
     def searcher(self, metrics: Tensor | None) -> Search:
         """As in AffineCodebook.searcher, exact."""
         return nearest(self.table, metrics)
+
+    def as_planes(self) -> None:
+        """None: a table has no linear form, which an affine codebook has."""
+        return None
 
     def to(self, device: torch.device | str) -> TableCodebook:
         return TableCodebook(self.table.to(device))

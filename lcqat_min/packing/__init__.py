@@ -1,8 +1,9 @@
 """Packed layers, and what a file holds."""
 
+from ..codebook.bitstring import pack_bits, unpack_bits
 from .convert import pack_layers, to_storage_precision, unpack_layers
 from .files import export_dense, load_packed, save_packed
-from .layer import Form, PackedLinear, pack_bits, unpack_bits
+from .layer import Form, PackedLinear
 from .size import Bits, CodeStats, bits_per_weight, code_stats, codes_of
 
 __all__ = [

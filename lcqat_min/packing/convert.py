@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook.affine import scalar
+from ..codebook.bitstring import pack_bits
 from ..codebook.matrix import Rounded
 from ..codebook.table import TableCodebook
 from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
-from .layer import Form, PackedLinear, pack_bits, share_tables
+from .layer import Form, PackedLinear, share_tables
 
 FP16_NORMAL = 2.0**-14, 65504.0  # the range that fp16 covers with all of its 11 bits
 

@@ -12,15 +12,13 @@ So at 2 bits a byte holds four weights, whether d is 1, 2 or 4, the first in the
 vector is two bytes. That a row starts on a byte costs it at most 7 bits.
 
 In training the dense weight is decoded, rotated and scaled (layer/linear.py). Here the activations are, which is
-the same map, with D = decode(codes) [out, in] never whole on a CPU (kernels/decode.py, kernels/triton_kernels.py):
+the same map, with D = decode(codes) [out, in] never whole on a CPU (kernels/product.py):
 
     y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias
 
 Everything is computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training
 gave to about six digits. On GPUs, products of many rows in half precision are the exception
-(kernels/triton_kernels.py).
-
-`pack_bits` and `unpack_bits` are plain torch, to be read, and to check the products against.
+(kernels/product.py).
 """
 
 from __future__ import annotations
@@ -34,36 +32,11 @@ from torch.nn import functional as F
 
 from ..cached_tensors import made_once
 from ..codebook.affine import AffineCodebook, scalar
+from ..codebook.bitstring import unpack_bits
 from ..codebook.lloyd import Codebook
 from ..codebook.table import TableCodebook
-from ..kernels.triton_kernels import packed_linear
-
-ROWS = 128  # rows packed at a time: the bits of a whole matrix would take 8 bytes each
-
-
-def pack_bits(index: Tensor, bits: int) -> Tensor:
-    """Integers below 2^bits, [rows, count] -> uint8 [rows, ceil(count * bits / 8)], big-endian."""
-    if bits == 8:
-        return index.to(torch.uint8)
-    shifts = torch.arange(bits - 1, -1, -1, device=index.device)
-    places = 2 ** torch.arange(7, -1, -1, device=index.device)
-    parts = []
-    for part in index.split(ROWS):
-        string = ((part.unsqueeze(-1) >> shifts) & 1).flatten(1)
-        octets = F.pad(string, (0, -string.shape[1] % 8)).unflatten(1, (-1, 8))
-        parts.append((octets * places).sum(-1).to(torch.uint8))
-    return torch.cat(parts)
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of pack_bits: uint8 [rows, bytes] -> int64 [rows, count]. bits: at most 16."""
-    if bits == 8:
-        return packed.long()
-    begin = torch.arange(count, device=packed.device) * bits
-    first, offset = begin // 8, begin % 8
-    wide = F.pad(packed, (0, 2)).long()  # an index lies within three bytes
-    three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]
-    return three >> (24 - bits - offset) & ((1 << bits) - 1)
+from ..kernels.product import product
+from ..layer.rotation import rotate, unrotate
 
 
 @made_once
@@ -177,18 +150,28 @@ class PackedLinear(nn.Module):
         return None if packed is None else F.embedding(packed.int(), _byte_signs(packed.device)).flatten()[:width]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x; kernels/triton_kernels.py chooses how by the device of x."""
-        return packed_linear(
-            x,
-            self.weight,
-            self.codebook(),
-            self.scale(),
-            self.bias,
-            self.col_scale.float(),
-            self.signs("in"),
-            self.signs("out"),
-            self.compiled,
-        )
+        """y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias: x [..., in] -> [..., out] in the dtype of x.
+
+        TypeError where x holds integers, ValueError where it does not have `in` features.
+        """
+        self._check(x)
+        s_in, s_out = self.signs("in"), self.signs("out")
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.reshape(-1, x.shape[-1]).float() * self.col_scale.float()
+            h = h if s_in is None else rotate(h, s_in)
+            y = product(h, self.weight, self.codebook(), x.dtype, self.compiled) * self.scale()
+            y = y if s_out is None else unrotate(y, s_out)
+            y = y if self.bias is None else y + self.bias.float()
+            return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"PackedLinear: x is {x.dtype}. The model casts the inputs of this layer to weight.dtype, but "
+                "the weight of a packed layer is its packed codes: name it in QuantConfig.skip and quantize again."
+            )
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"PackedLinear: x has {x.shape[-1]} features; this layer takes {self.in_features}.")
 
     def extra_repr(self) -> str:
         form = self.form

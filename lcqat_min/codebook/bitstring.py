@@ -1,0 +1,40 @@
+"""The packed layout: each row of indices is one big-endian bit string, cut into bytes.
+
+    packed codes   uint8 [rows, bytes]    index v of a row is bits m v ... m v + m - 1 of its string
+
+The last byte of a row is filled with zeros. So at 2 bits per weight a byte holds four weights, whether d is 1, 2 or 4,
+the first one in the highest bits; with d = 8 a vector is two bytes. That a row starts on a byte costs at most 7 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROWS = 128  # rows packed at a time: the bits of a whole matrix would take 8 bytes each
+
+
+def pack_bits(index: Tensor, bits: int) -> Tensor:
+    """Integers below 2^bits, [rows, count] -> uint8 [rows, ceil(count * bits / 8)], big-endian."""
+    if bits == 8:
+        return index.to(torch.uint8)
+    shifts = torch.arange(bits - 1, -1, -1, device=index.device)
+    places = 2 ** torch.arange(7, -1, -1, device=index.device)
+    parts = []
+    for part in index.split(ROWS):
+        string = ((part.unsqueeze(-1) >> shifts) & 1).flatten(1)
+        octets = F.pad(string, (0, -string.shape[1] % 8)).unflatten(1, (-1, 8))
+        parts.append((octets * places).sum(-1).to(torch.uint8))
+    return torch.cat(parts)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of pack_bits: uint8 [rows, bytes] -> int64 [rows, count]. bits: at most 16."""
+    if bits == 8:
+        return packed.long()
+    begin = torch.arange(count, device=packed.device) * bits
+    first, offset = begin // 8, begin % 8
+    wide = F.pad(packed, (0, 2)).long()  # an index lies within three bytes
+    three = wide[:, first] << 16 | wide[:, first + 1] << 8 | wide[:, first + 2]
+    return three >> (24 - bits - offset) & ((1 << bits) - 1)
