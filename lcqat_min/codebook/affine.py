@@ -58,13 +58,14 @@ class AffineCodebook:
         return self.A.shape[0]
 
     @property
-    def device(self) -> torch.device:
-        return self.A.device
-
-    @property
     def bits(self) -> int:
         """m, bits of an index."""
         return self.A.shape[1] * (self.levels.bit_length() - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where A and b are."""
+        return self.A.device
 
     def numbers(self) -> int:
         """How many numbers are learned."""

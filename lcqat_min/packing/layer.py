@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..codebook.bitstring import unpack_bits
 from ..codebook.matrix import Codebook
-from ..kernels.triton_kernels import packed_linear
+from ..kernels.product import product
+from ..layer.rotation import rotate, unrotate
 from ..layer.stored import codebook_from, row_scale_of, unpack_signs
 
 
@@ -105,6 +106,10 @@ class PackedLinear(nn.Module):
         """Codebook index of every vector, int64 [out, vectors]."""
         return unpack_bits(self.weight, self.spec.bits, self.spec.vectors)
 
+    def scale(self) -> Tensor:
+        """Row scales r, fp32 [out]."""
+        return row_scale_of({"row_scale": self.row_scale, "unit": self.unit})
+
     def signs(self, side: str) -> Tensor | None:
         """-1 and +1, fp32 [in] or [out], for side "in" or "out"; None where it is not rotated."""
         packed = getattr(self, f"signs_{side}", None)
@@ -112,19 +117,26 @@ class PackedLinear(nn.Module):
         return None if packed is None else unpack_signs(packed, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x."""
-        scale = row_scale_of({"row_scale": self.row_scale, "unit": self.unit})
-        return packed_linear(
-            x,
-            self.weight,
-            self.codebook(),
-            scale,
-            self.bias,
-            self.col_scale.float(),
-            self.signs("in"),
-            self.signs("out"),
-            self.compiled,
-        )
+        """y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias: x [..., in] -> [..., out] in the dtype of x.
+
+        TypeError where x holds integers, ValueError where it does not have `in` features.
+        """
+        self._check(x)
+        s_in, s_out = self.signs("in"), self.signs("out")
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.reshape(-1, x.shape[-1]).float() * self.col_scale.float()
+            h = h if s_in is None else rotate(h, s_in)
+            y = product(h, self.weight, self.codebook(), x.dtype, self.compiled) * self.scale()
+            y = y if s_out is None else unrotate(y, s_out)
+            y = y if self.bias is None else y + self.bias.float()
+            return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            why = "The model casts to weight.dtype, but the weight of a packed layer is its packed codes"
+            raise TypeError(f"PackedLinear: x is {x.dtype}. {why}: quantize again, with this layer in `skip`.")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"PackedLinear: x has {x.shape[-1]} features; this layer takes {self.in_features}.")
 
     def extra_repr(self) -> str:
         spec = self.spec
