@@ -2,17 +2,14 @@
 
 from .convert import pack_layers, to_storage_precision, unpack_layers
 from .files import export_dense, load_packed, save_packed
-from .layer import Form, PackedLinear, pack_bits, unpack_bits
-from .size import Bits, CodeStats, bits_per_weight, code_stats, codes_of
+from .layer import PackedLinear, PackedSpec, pack_bits, unpack_bits
+from .size import Bits, bits_per_weight
 
 __all__ = [
     "Bits",
-    "CodeStats",
-    "Form",
     "PackedLinear",
+    "PackedSpec",
     "bits_per_weight",
-    "code_stats",
-    "codes_of",
     "export_dense",
     "load_packed",
     "pack_bits",

@@ -26,24 +26,24 @@ from ..codebook.affine import scalar
 from ..codebook.matrix import Rounded
 from ..codebook.table import TableCodebook
 from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
-from .layer import Form, PackedLinear, pack_bits, share_tables
+from .layer import PackedLinear, PackedSpec, pack_bits, share_tables
 
 FP16_NORMAL = 2.0**-14, 65504.0  # the range that fp16 covers with all of its 11 bits
 
 
-def forms_of(model: nn.Module) -> dict[str, Form]:
-    """Form of every quantized layer of `model`, by name: of those in training and of packed ones."""
+def specs_of(model: nn.Module) -> dict[str, PackedSpec]:
+    """PackedSpec of every quantized layer of `model`, by name: of those in training and of packed ones."""
     owners: dict[int, str] = {}
     names = {id(module): name for name, module in model.named_modules()}
-    forms = {}
+    specs = {}
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):  # in a part of a packed model its owner has another name than there
-            owner = names.get(id(layer.owner[0]), layer.form.owner) if layer.owner else ""
-            forms[name] = replace(layer.form, owner=owner)
+            owner = names.get(id(layer.owner[0]), layer.spec.owner) if layer.owner else ""
+            specs[name] = replace(layer.spec, owner=owner)
         elif isinstance(layer, QuantLinear):
             owner = owners.setdefault(id(layer.table), name) if isinstance(layer, TableLinear) else ""
-            forms[name] = _form(layer, owner)
-    return forms
+            specs[name] = _spec(layer, owner)
+    return specs
 
 
 def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
@@ -52,9 +52,9 @@ def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
     ValueError for scales or codebooks that fp16 cannot hold.
     """
     layers = {}
-    for name, form in forms_of(model).items():
+    for name, spec in specs_of(model).items():
         layer = model.get_submodule(name)
-        layers[name] = _renamed(layer, form) if isinstance(layer, PackedLinear) else _pack(layer, form, name)
+        layers[name] = _renamed(layer, spec) if isinstance(layer, PackedLinear) else _pack(layer, spec, name)
     share_tables(layers)
     return layers
 
@@ -86,14 +86,14 @@ def to_storage_precision(model: nn.Module) -> None:
             layer.latent.copy_(torch.where(layer.codes() == codes, layer.latent, on_code))
 
 
-def _form(layer: QuantLinear, owner: str) -> Form:
+def _spec(layer: QuantLinear, owner: str) -> PackedSpec:
     if isinstance(layer, AffineLinear):
         book, kind, learn = layer.codebook(), "affine", layer.A.requires_grad
     elif isinstance(layer, TableLinear):
         book, kind, learn = TableCodebook(layer.table), "table", layer.table.requires_grad
     else:
         book, kind, learn = scalar(), "step", True
-    return Form(
+    return PackedSpec(
         kind,
         layer.in_features,
         layer.out_features,
@@ -137,39 +137,39 @@ def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
     return halves, exponent
 
 
-def _renamed(layer: PackedLinear, form: Form) -> PackedLinear:
-    if layer.form == form:
+def _renamed(layer: PackedLinear, spec: PackedSpec) -> PackedLinear:
+    if layer.spec == spec:
         return layer
     twin = copy.copy(layer)
-    twin.form = form
+    twin.spec = spec
     return twin
 
 
 @torch.no_grad()
-def _pack(layer: QuantLinear, form: Form, name: str) -> PackedLinear:
+def _pack(layer: QuantLinear, spec: PackedSpec, name: str) -> PackedLinear:
     numbers, exponent = _side_data(layer, name)
-    packed = PackedLinear(replace(form, exponent=exponent), name)
-    numbers["weight"] = pack_bits(layer.codes(), form.bits)
+    packed = PackedLinear(replace(spec, exponent=exponent), name)
+    numbers["weight"] = pack_bits(layer.codes(), spec.bits)
     for side in ("in", "out"):
         if (signs := getattr(layer, f"signs_{side}")) is not None:
             numbers[f"signs_{side}"] = pack_bits((signs > 0).long()[None], 1)[0]
-    for key in form.tensors(name):
+    for key in spec.tensors(name):
         setattr(packed, key, numbers[key])
-    if form.bias:
+    if spec.bias:
         packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return packed
 
 
 def _unpack(layer: PackedLinear, tables: dict[str, nn.Parameter]) -> QuantLinear:
-    form, book, index = layer.form, layer.codebook(), layer.codes()
+    spec, book, index = layer.spec, layer.codebook(), layer.codes()
     rounded = Rounded(book, index, layer.scale(), book.decode(index).flatten(1), layer.scale().double())
-    common = (form.inputs, form.outputs, rounded, layer.bias, layer.signs("in"), layer.signs("out"))
-    if form.kind == "affine":
-        made = AffineLinear(*common, form.estimator, form.learn_codebook, start_on_codes=True)
-    elif form.kind == "step":
+    common = (spec.inputs, spec.outputs, rounded, layer.bias, layer.signs("in"), layer.signs("out"))
+    if spec.kind == "affine":
+        made = AffineLinear(*common, spec.estimator, spec.learn_codebook, start_on_codes=True)
+    elif spec.kind == "step":
         made = StepLinear(*common)
     else:
-        table = tables.setdefault(form.owner, nn.Parameter(book.table, requires_grad=form.learn_codebook))
+        table = tables.setdefault(spec.owner, nn.Parameter(book.table, requires_grad=spec.learn_codebook))
         made = TableLinear(*common, table)
     made.col_scale.data.copy_(layer.col_scale)
     return made

@@ -73,7 +73,7 @@ def _byte_signs(device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Form:
+class PackedSpec:
     """All that is known of a packed layer but its numbers: what a file's configuration says of it.
 
     kind: affine | step | table. dim: d. bits: m. levels: of a digit, 0 for a table. exponent: of the row
@@ -124,7 +124,7 @@ class Form:
 
 
 class PackedLinear(nn.Module):
-    """A linear map stored as `form.tensors(name)`, for inference: nothing in it is trained.
+    """A linear map stored as `spec.tensors(name)`, for inference: nothing in it is trained.
 
     `PackedLinear.compiled = True`, for all or for one: on CPUs, products of few rows go through torch.compile.
 
@@ -134,12 +134,12 @@ class PackedLinear(nn.Module):
 
     compiled = False
 
-    def __init__(self, form: Form, name: str = ""):
+    def __init__(self, spec: PackedSpec, name: str = ""):
         super().__init__()
-        self.form, self.in_features, self.out_features = form, form.inputs, form.outputs
-        for key, (dtype, shape) in form.tensors(name).items():
+        self.spec, self.in_features, self.out_features = spec, spec.inputs, spec.outputs
+        for key, (dtype, shape) in spec.tensors(name).items():
             self.register_buffer(key, torch.zeros(shape, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(form.outputs), requires_grad=False) if form.bias else None
+        self.bias = nn.Parameter(torch.zeros(spec.outputs), requires_grad=False) if spec.bias else None
         self.owner: tuple[PackedLinear, ...] = ()  # who stores the table; a tuple, so no submodule
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -156,24 +156,24 @@ class PackedLinear(nn.Module):
     def codebook(self) -> Codebook:
         """The codebook in fp32."""
         device = self.weight.device
-        if self.form.kind == "step":
+        if self.spec.kind == "step":
             return scalar().to(device)
-        if self.form.kind == "table":
+        if self.spec.kind == "table":
             return TableCodebook(self.owner[0].table.float().to(device))
-        return AffineCodebook(self.A.float(), self.b.float(), self.form.levels)
+        return AffineCodebook(self.A.float(), self.b.float(), self.spec.levels)
 
     def codes(self) -> Tensor:
         """Codebook index of every vector, int64 [out, vectors]."""
-        return unpack_bits(self.weight, self.form.bits, self.form.vectors)
+        return unpack_bits(self.weight, self.spec.bits, self.spec.vectors)
 
     def scale(self) -> Tensor:
         """Row scales r, fp32 [out]."""
-        return self.row_scale.float() * 2.0**self.form.exponent
+        return self.row_scale.float() * 2.0**self.spec.exponent
 
     def signs(self, side: str) -> Tensor | None:
         """-1 and +1, fp32 [in] or [out], for side "in" or "out"; None where it is not rotated."""
         packed = getattr(self, f"signs_{side}", None)
-        width = self.form.inputs if side == "in" else self.form.outputs
+        width = self.spec.inputs if side == "in" else self.spec.outputs
         return None if packed is None else F.embedding(packed.int(), _byte_signs(packed.device)).flatten()[:width]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +191,12 @@ class PackedLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        form = self.form
-        return f"in={form.inputs}, out={form.outputs}, {form.kind}, d={form.dim}, {form.bits} bits a vector"
+        spec = self.spec
+        return f"in={spec.inputs}, out={spec.outputs}, {spec.kind}, d={spec.dim}, {spec.bits} bits a vector"
 
 
 def share_tables(layers: dict[str, PackedLinear]) -> None:
     """Point every table layer at the one that stores its table. layers: all of a model, by name."""
     for layer in layers.values():
-        if layer.form.kind == "table":
-            layer.owner = (layers[layer.form.owner],)
+        if layer.spec.kind == "table":
+            layer.owner = (layers[layer.spec.owner],)

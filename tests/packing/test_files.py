@@ -29,7 +29,7 @@ from lcqat_min.packing.files import (
     PackedLinear,
     bits_per_weight,
     code_stats,
-    codes_of,
+    indices_of,
     export_dense,
     load_packed,
     save_packed,
@@ -170,10 +170,10 @@ def test_training_packed_and_dense_agree(kind, make, ready, tmp_path):
 
     packed, trainable = load_packed(tmp_path / "packed"), load_packed(tmp_path / "packed", trainable=True)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    codes = codes_of(model)
+    codes = indices_of(model)
     for other in (packed, trainable):
-        assert all(torch.equal(index, codes[name]) for name, index in codes_of(other).items())
-        assert len(codes_of(other)) == len(codes)
+        assert all(torch.equal(index, codes[name]) for name, index in indices_of(other).items())
+        assert len(indices_of(other)) == len(codes)
     assert not any(isinstance(module, (QuantLinear, PackedLinear)) for module in dense.modules())
     assert max(largest_difference(model, other) for other in (packed, trainable, dense)) <= 1e-5
     for other in (packed, trainable, dense):
@@ -220,9 +220,9 @@ def test_rounding_to_storage_precision_is_exact_and_done_once(kind, ready):
         for name, p in model.named_parameters():
             if name.endswith(("_scale", "A", "b", "table")):
                 p.mul_(1.0001)
-    codes, start = codes_of(model), {name: p.clone() for name, p in model.named_parameters()}
+    codes, start = indices_of(model), {name: p.clone() for name, p in model.named_parameters()}
     to_storage_precision(model)
-    assert all(torch.equal(index, codes[name]) for name, index in codes_of(model).items())
+    assert all(torch.equal(index, codes[name]) for name, index in indices_of(model).items())
     for name, p in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf in ("row_scale", "col_scale", "A", "b", "table"):
@@ -482,7 +482,7 @@ def test_bits_of_unquantized_models():
     model = llama()
     assert bits_per_weight(model).per_weight == bits_per_weight(model).per_parameter == 32
     assert bits_per_weight(model.bfloat16()).per_weight == 16
-    assert "16.0000 bits a parameter" in str(bits_per_weight(model))
+    assert "16.0000 bits per parameter" in str(bits_per_weight(model))
 
 
 def test_skipped_layers_count_at_their_own_width():
@@ -519,11 +519,11 @@ def test_code_statistics_of_hand_made_layers():
     assert stats.usage.tolist() == [3, 1, 1, 3]
     assert stats.entropy == pytest.approx(2 * 1 / 8 * 3 + 2 * 3 / 8 * (3 - 1.5849625), abs=1e-6)
     assert stats.outer == 6 / 8 and stats.beyond == 2 / 8 and stats.flips is None
-    before = codes_of(layer)
+    before = indices_of(layer)
     with torch.no_grad():
         layer.latent[0, 0] = 1.4
     assert code_stats(layer, before)[""].flips == 1 / 8
-    with pytest.raises(ValueError, match="codes_of"):
+    with pytest.raises(ValueError, match="indices_of"):
         code_stats(layer, {"another": before[""]})
 
     planes = code_stats(layer_with_latents([1.5, -0.5, -1.0, 0.1, 0.3, 0.3, 2.0, -2.0], levels=2))[""]

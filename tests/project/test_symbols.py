@@ -58,7 +58,7 @@ def things() -> dict[str, object]:
     affine = AffineLinear(*common, "ste", learn_codebook=True, start_on_codes=False)
     packed = pack_layers(affine)[""]
     H = torch.eye(n, dtype=torch.float64)
-    made = (affine, packed, packed.form, book, Moments(H, 1), factorize(H))
+    made = (affine, packed, packed.spec, book, Moments(H, 1), factorize(H))
     lookup = TableLinear(*common, nn.Parameter(TableCodebook(book.codewords()).table))
     return {type(thing).__name__: thing for thing in (*made, lookup)} | {"QuantLinear": affine}
 
