@@ -34,11 +34,9 @@ from .layer import PackedLinear
 from .size import Bits, bits_per_weight
 
 README = """
-    import lcqat_min.hf  # teaches transformers to read this folder
+    import lcqat_min.hf  # without it transformers reports an unknown type and wrong shapes
     from transformers import {kind}
     model = {kind}.from_pretrained("this folder"{trust})
-
-Without the first line transformers reports an unknown quantization type, and weights of unexpected shapes.
 
 ```
 {bits}
@@ -126,8 +124,8 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
     model, plain, tensors, layers = _parts(model)
     for name, layer in layers.items():
         weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
-        is_linear = isinstance(plain.get_submodule(name), nn.Linear)  # Conv1D stores the transpose
-        tensors[f"{name}.weight"] = weight if is_linear else weight.T
+        # Conv1D stores the transpose.
+        tensors[f"{name}.weight"] = weight if isinstance(plain.get_submodule(name), nn.Linear) else weight.T
     plain.config.dtype = model.dtype
     # Some architectures are renamed or fused while they are loaded: write what their published checkpoints hold.
     write_folder(plain, revert_weight_conversion(plain, tensors), Path(folder))
@@ -140,9 +138,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
 
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"{type(model).__name__} is not a transformers model: save what pack_layers(model) returns yourself"
-        )
+        raise TypeError(f"{type(model).__name__} is not a transformers model: save what pack_layers(model) returns")
     layers, state, tied = pack_layers(model), model.state_dict(), model.all_tied_weights_keys
     if not layers:
         raise ValueError("the model has no quantized layer: call quantize first, or use model.save_pretrained")

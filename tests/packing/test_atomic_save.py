@@ -172,7 +172,7 @@ def test_a_save_that_ends_at_any_step_loses_nothing(death, old, new, tiny_llama,
         if death and last % 3 == 0:  # the next one is killed early, while it recovers
             killed_at(last % 5, death)
         with monkeypatch.context() as patch, pytest.raises(OSError):  # and one that fails later changes nothing more
-            patch.setattr("lcqat_min.packing.atomic_save.save_tensors", lambda *args: os.stat(tmp_path / "none"))
+            patch.setattr("safetensors.torch.save_file", lambda *args: os.stat(tmp_path / "none"))
             write(folder, 2.0)
         assert models() in wholes and contents(folder).items() >= USERS.items(), last
         assert names(tmp_path) == ["model", "new", "old"]
@@ -186,7 +186,7 @@ def test_an_empty_folder_that_was_made_after_a_kill_does_not_hide_the_model(mode
     saved.rename(saved.with_name("model.before-save"))
     saved.mkdir()
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr("lcqat_min.packing.atomic_save.save_tensors", lambda *args: os.stat(saved / "none"))
+        patch.setattr("safetensors.torch.save_file", lambda *args: os.stat(saved / "none"))
         save_packed(model, saved)
     assert contents(saved) == whole and names(saved.parent) == ["model"]
 
