@@ -88,7 +88,8 @@ def run_train(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ..packing.files import config_of, save_packed
+    from ..packing.files import save_packed
+    from ..packing.format import config_of
 
     config_of(args.folder)  # a wrong name ends here, before the tokenizer is looked for on the hub
     device, dtype = choose_device(args.device), _dtype_of(args.folder)
@@ -161,7 +162,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_bits(args: argparse.Namespace) -> None:
     """Print what a model costs on file."""
-    from ..packing.files import bits_per_weight
+    from ..packing.size import bits_per_weight
 
     print(bits_per_weight(_any(args.folder, torch.device("cpu")), _dtype_of(args.folder)))
 
@@ -220,7 +221,7 @@ def _packed(folder: Path, device: torch.device, trainable: bool = False) -> nn.M
 
 def _any(name: str, device: torch.device) -> nn.Module:
     """The model of a packed or an ordinary folder, or of a name on the hub."""
-    from ..packing.files import config_of
+    from ..packing.format import config_of
 
     if Path(name).is_dir() and config_of(Path(name)).get("quantization_config"):
         return _packed(Path(name), device)

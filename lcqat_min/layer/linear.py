@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
 
     method = ""  # the name of the method that makes this kind of layer, in files and in systems/
     learned: tuple[str, ...] = ()  # names of the codebook's parameters; layers may share them
-    is_quantized = True
+    has_indices = True
 
     def __init__(self, coded: CodedMatrix, in_features: int, bias: Tensor | None, signs: Signs):
         super().__init__()

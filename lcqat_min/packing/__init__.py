@@ -3,16 +3,13 @@
 from .convert import pack_layers, to_storage_precision, unpack_layers
 from .files import export_dense, load_packed, save_packed
 from .layer import PackedLinear, PackedSpec
-from .size import Bits, CodeStats, bits_per_weight, code_stats, codes_of
+from .size import Bits, bits_per_weight
 
 __all__ = [
     "Bits",
-    "CodeStats",
-    "PackedSpec",
     "PackedLinear",
+    "PackedSpec",
     "bits_per_weight",
-    "code_stats",
-    "codes_of",
     "export_dense",
     "load_packed",
     "pack_layers",

@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
     """
 
     compiled = False
-    is_quantized = True
+    has_indices = True
 
     def __init__(self, spec: PackedSpec, name: str = ""):
         super().__init__()

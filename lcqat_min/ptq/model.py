@@ -105,7 +105,7 @@ def _layers_and_texts(
     left |= read_or_written(model, layers, texts[0][:1]) if layers else {}
     _say_what_is_left(left)
     if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
-        quantized = any(getattr(module, "is_quantized", False) for module in model.modules())
+        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
         already = "; this model is quantized already" if quantized else ""
         raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
     return layers, texts

@@ -58,14 +58,14 @@ def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path, capsys):
     for folder in ("packed", "trained"):
         assert load_packed(tmp_path / folder).dtype == torch.bfloat16
     assert call("bits", tmp_path / "half") == 0
-    assert "16.0000 bits a weight" in capsys.readouterr().out
+    assert "16.0000 bits per weight" in capsys.readouterr().out
 
 
 def test_bits_of_packed_and_plain(place, packed, capsys):
     assert call("bits", packed) == 0
-    assert "bits a weight" in capsys.readouterr().out
+    assert "bits per weight" in capsys.readouterr().out
     assert call("bits", place / "model") == 0
-    assert "32.0000 bits a weight" in capsys.readouterr().out
+    assert "32.0000 bits per weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["quantize", "train", "export"])
