@@ -28,6 +28,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..disk.locks import alone
+from ..disk.tensor_file import save_tensors
 
 SHARD_SIZE = "5GB"  # of tensors in one file; more are written to several files
 TITLE = "# A model packed by lcqat-min"
@@ -117,12 +118,11 @@ def _copy_processor(config: object, saving: Path, folder: Path) -> None:
 def _write_tensors(tensors: dict[str, Tensor], saving: Path) -> None:
     """Write one file, or several and the index that says which of them holds which tensor."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensors[key].contiguous().cpu() for key in keys}, saving / name, {"format": "pt"})
-        shutil.copymode(saving / "config.json", saving / name)  # safetensors makes files that others cannot read
+        save_tensors({key: tensors[key] for key in keys}, saving / name, {"format": "pt"})
+        (saving / f"{name}.lock").unlink(missing_ok=True)  # Windows keeps it (disk/locks.py)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (saving / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
