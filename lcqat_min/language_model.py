@@ -21,6 +21,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .errors import UsageError
+
 CALL = "model(input_ids=ids, use_cache=False).logits, ids [B, T], logits [B, T, vocabulary]"
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
 IGNORED = -100  # label of a position that is not scored; never a token id, and what cross_entropy passes over
@@ -64,20 +66,20 @@ def input_device(model: nn.Module) -> torch.device:
         for part in getattr(hook, "hooks", [hook]):  # one, or several in a row
             if (device := getattr(part, "execution_device", None)) is not None:
                 return torch.device(device)
-    raise ValueError(f"the weights of {type(model).__name__} are not in memory (meta device): load it whole")
+    raise UsageError(f"the weights of {type(model).__name__} are not in memory (meta device): load it whole")
 
 
 def check_model(model: nn.Module) -> None:
     """ValueError for a model that cannot be called as a causal language model."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} has an encoder and a decoder: give a causal language model, {CALL}")
+        raise UsageError(f"{type(model).__name__} has an encoder and a decoder: give a causal language model, {CALL}")
     try:
         taken = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):  # compiled code does not say what it takes
         return
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     if missing := [name for name in ("input_ids", "use_cache") if name not in taken and not anything]:
-        raise ValueError(
+        raise UsageError(
             f"the forward of {type(model).__name__} takes {', '.join(taken) or 'nothing'}, not "
             f"{' and '.join(missing)}: wrap it in a module that is called as {CALL}"
         )
@@ -92,7 +94,7 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
-        raise ValueError(
+        raise UsageError(
             f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for one tensor of "
             'windows [n, T] that is windows.split(8), from a tokenizer return_tensors="pt"'
         )
@@ -102,7 +104,7 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
         return ids, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape or ids.numel() and not mask.any():
         got = f"{list(mask.shape)}, {int(mask.sum())} of it text" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
+        raise UsageError(
             f"the attention_mask of a {what} batch {list(ids.shape)} is {got}: it must have that shape, "
             "1 for text and 0 for padding, and some text"
         )
@@ -113,7 +115,7 @@ def check_tokens(ids: Tensor, model: nn.Module, what: str) -> None:
     """ValueError for tokens that the model does not have."""
     words = vocabulary(model)
     if words and ids.numel() and not 0 <= ids.min() <= ids.max() < words:
-        raise ValueError(
+        raise UsageError(
             f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {words - 1}: "
             "encode the text with this model's own tokenizer"
         )
@@ -143,7 +145,7 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}, no logits"
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}. Load it with its head "
             f"(AutoModelForCausalLM), or wrap it in a module that is called as {CALL}"
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..disk.locks import alone
 from ..disk.tensor_file import save_tensors
+from ..errors import UsageError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # says which of several files holds which tensor
@@ -54,7 +55,7 @@ def write_folder(
         and not is_model
         and any(not file.name.startswith(SAVING) for file in folder.iterdir())
     ):
-        raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
+        raise UsageError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
     is_new = not folder.exists()
     try:
         with alone(folder / SAVING):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..codebook.affine import scalar
 from ..codebook.matrix import Rounded
 from ..codebook.table import TableCodebook
+from ..errors import UsageError
 from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from .layer import Form, PackedLinear, pack_bits, share_tables
 
@@ -130,7 +131,7 @@ def _side_data(layer: QuantLinear, name: str) -> tuple[dict[str, Tensor], int]:
     for key, value in halves.items():
         if not torch.isfinite(value).all():
             worst = numbers[key].abs().max().item()
-            raise ValueError(
+            raise UsageError(
                 f"{key} of layer {name!r} reaches {worst:.3g}, but a packed file holds numbers "
                 f"up to {FP16_NORMAL[1]:.0f}. Did training diverge? Train at a lower rate."
             )

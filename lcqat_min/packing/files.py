@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ptq.model import METHOD, mark
 from .atomic_save import TITLE, write_folder
 from .convert import pack_layers, to_storage_precision, unpack_layers
@@ -75,7 +76,7 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     (images, sound, chats) from where the model was loaded. The tokenizer is not.
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
+        raise UsageError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
     model, tensors, layers, _ = _parts(model)
     if dtype is not None:
         parameters = {name for name, _ in model.named_parameters()}
@@ -140,7 +141,7 @@ def _class_of(folder: Path, config: dict) -> type:
             if autos
             else (f"{name}.from_pretrained({str(folder)!r})")
         )
-        raise ValueError(
+        raise UsageError(
             f"the code of {name} is not part of transformers, and load_packed runs no other. If you trust "
             f"it: import lcqat_min.hf, then {how}"
         )
@@ -192,19 +193,19 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
         )
     layers = pack_layers(model)
     if not layers:
-        raise ValueError(
+        raise UsageError(
             "the model has no quantized layer: call quantize first, or save it as it is by model.save_pretrained"
         )
     rest, state = {}, model.state_dict()
     if away := [key for key, value in state.items() if value.is_meta]:
-        raise ValueError(
+        raise UsageError(
             f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole, without device_map"
         )
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
         partner = state.get(model.all_tied_weights_keys.get(key))
         if partner is not None and partner.data_ptr() != value.data_ptr():
-            raise ValueError(
+            raise UsageError(
                 f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
                 "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
             )
@@ -217,7 +218,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Pa
     saved |= {key: built.get(key, ()) for key in (f"{name}.weight" for name in layers)}
     differ = {key for key in built.keys() | saved.keys() if built.get(key) != saved.get(key)}
     if strange := sorted(differ - set(model.all_tied_weights_keys)):
-        raise ValueError(
+        raise UsageError(
             f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded "
             "again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)."
         )
@@ -229,7 +230,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     largest = value.abs().max().item() if value.numel() else 0.0
     if torch.finfo(dtype).max < largest < float("inf"):
-        raise ValueError(
+        raise UsageError(
             f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or torch.float32"
         )
     return value.to(dtype)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..disk.tensor_file import reading
+from ..errors import UsageError
 from ..ptq.model import IN_TRAINING, METHOD
 from .atomic_save import BEFORE, INDEX, WEIGHTS
 from .layer import Form
@@ -33,18 +34,18 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
     """
     folder = files[0].parent
     if settings.get("quant_method") != METHOD:
-        raise ValueError(
+        raise UsageError(
             f"{folder} is no packed model of lcqat_min (quant_method: {settings.get('quant_method')}). "
             "Load it with transformers, or give a folder that save_packed wrote."
         )
     if settings.get("version") == IN_TRAINING["version"]:
-        raise ValueError(
+        raise UsageError(
             f"{folder} was written by save_pretrained from a model in training (or loaded with the "
             "config of one): transformers cannot build that. Quantize the original again with the same "
             f"settings, load_state_dict the tensors in {folder}, and save_packed that."
         )
     if settings.get("version") != VERSION:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has format version {settings.get('version')}, this lcqat_min reads "
             f"version {VERSION}: update lcqat_min"
         )
@@ -52,15 +53,15 @@ def check(files: Sequence[Path], settings: dict) -> dict[str, Form]:
         forms = {name: Form(**form) for name, form in settings["layers"].items()}
         layouts = {name: form.tensors(name) for name, form in forms.items()}
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{folder / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
+        raise UsageError(f"{folder / 'config.json'} describes no layers ({error!r}): {AGAIN}") from error
     what, found = files[0] if len(files) == 1 else folder, _tensors_in(files)
     for layer, key in ((layer, key) for layer, layout in layouts.items() for key in layout):
         dtype, shape = layouts[layer][key]
         want, got = ("U8" if dtype == torch.uint8 else "F16", shape), found.get(f"{layer}.{key}", "missing")
         if got != want:
-            raise ValueError(f"tensor {layer}.{key} of {what} is {got}, not {want}: {AGAIN}")
+            raise UsageError(f"tensor {layer}.{key} of {what} is {got}, not {want}: {AGAIN}")
     if settings.get("sha256") != digest(settings["layers"], files):
-        raise ValueError(f"{what} or its config.json was altered since it was saved (SHA-256): {AGAIN}")
+        raise UsageError(f"{what} or its config.json was altered since it was saved (SHA-256): {AGAIN}")
     return forms
 
 
@@ -96,7 +97,7 @@ def config_of(folder: Path) -> dict:
         dict(config.get("quantization_config") or {})
         return config
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not the JSON of a configuration ({error}): {AGAIN}") from error
+        raise UsageError(f"{file} is not the JSON of a configuration ({error}): {AGAIN}") from error
 
 
 def configure(folder: Path, settings: dict | None) -> None:
@@ -115,7 +116,7 @@ def tensor_files(folder: Path) -> list[Path]:
     try:
         return sorted({folder / str(name) for name in json.loads(_text(index, AGAIN))["weight_map"].values()})
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} does not say where the tensors are ({error!r}): {AGAIN}") from error
+        raise UsageError(f"{index} does not say where the tensors are ({error!r}): {AGAIN}") from error
 
 
 def _text(file: Path, remedy: str) -> str:

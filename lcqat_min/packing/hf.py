@@ -27,6 +27,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..errors import UsageError
 from ..ptq.model import METHOD
 from .files import swap
 from .format import check
@@ -51,7 +52,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
         if not checkpoint_files:
-            raise ValueError("a packed model needs its model.safetensors: give from_pretrained the folder")
+            raise UsageError("a packed model needs its model.safetensors: give from_pretrained the folder")
         forms = check([Path(file) for file in checkpoint_files], self.quantization_config.to_dict())
         layers = {name: PackedLinear(form, name) for name, form in _shared(forms, model).items()}
         share_tables(layers)
@@ -95,7 +96,7 @@ def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
     has = {name for name, _ in model.named_modules()}
     names = {name: own for name in forms for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
     if not names or any(form.owner and form.owner not in names for name, form in forms.items() if name in names):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
             "with the class that config.json names under `architectures`"
         )

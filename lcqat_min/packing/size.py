@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook.digits import digits_of
+from ..errors import UsageError
 from ..layer.linear import QuantLinear, StepLinear
 from ..ptq.model import linear_layers
 from .convert import forms_of
@@ -146,7 +147,7 @@ def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dic
     """
     codes = codes_of(model)
     if before is not None and _shapes(before) != _shapes(codes):
-        raise ValueError(
+        raise UsageError(
             "`before` has other layers or shapes than the model: give what codes_of returned for the same model"
         )
     return {

@@ -33,6 +33,7 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
 from ..codebook.lloyd import Codebook
 from ..codebook.matrix import Rounded
+from ..errors import UsageError
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
@@ -96,12 +97,12 @@ def round_matrix(
     """
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
-        raise ValueError(
+        raise UsageError(
             f"round_matrix: rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights. "
             "The first two must be equal and a multiple of the third: pad both with zeros."
         )
     if not torch.isfinite(W).all():
-        raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
+        raise UsageError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
     methods = [plain_round, partial(feedback_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
     best: Rounded | None = None

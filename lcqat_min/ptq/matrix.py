@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import codebook as cb
 from ..codebook.lloyd import fit, mean_squared_error, table_start
+from ..errors import UsageError
 from ..layer.rotation import rotate
 from ..layer.surrogate import ESTIMATORS
 from .ldlq import SMALLEST_SCALE, Rounded, refit, round_matrix, row_scales
@@ -74,19 +75,19 @@ class QuantConfig:
         choices = {"codebook": CODEBOOKS, "rotate": ROTATIONS, "estimator": ESTIMATORS, "scale": SCALES}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"QuantConfig.{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise UsageError(f"QuantConfig.{name} is {value!r}; choose one of {', '.join(allowed)}")
         most = 8 if self.codebook in ("lattice", "planes") else 4
         if not 1 <= self.dim <= most:
-            raise ValueError(
+            raise UsageError(
                 f"QuantConfig.dim is {self.dim}; a {self.codebook} codebook takes 1 to {most} weights a vector"
             )
         if not 0 <= self.damping < 1 or self.refits < 0:
-            raise ValueError(
+            raise UsageError(
                 f"QuantConfig.damping is {self.damping} and refits {self.refits}; damping is a "
                 "share, from 0 to less than 1, and refits a count, 0 or more"
             )
         if isinstance(self.skip, str):
-            raise ValueError(f"QuantConfig.skip is the text {self.skip!r}; give a tuple: ({self.skip!r},)")
+            raise UsageError(f"QuantConfig.skip is the text {self.skip!r}; give a tuple: ({self.skip!r},)")
 
     @property
     def vector(self) -> int:

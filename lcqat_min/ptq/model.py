@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..codebook.lloyd import fit
 from ..codebook.matrix import Rounded
+from ..errors import UsageError
 from ..language_model import Batch, check_model, longest_window, read_batch, vocabulary, without_padding
 from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
 from ..layer.rotation import random_signs
@@ -85,7 +86,7 @@ def quantize(
         layers = {name: layer for name, layer in layers.items() if name not in left}
     _say_what_is_left(left)
     if not layers:
-        raise ValueError(
+        raise UsageError(
             f"no linear layer to quantize: found none outside skip = {config.skip}"
             + ("; this model is quantized already" if _is_quantized(model) else "")
         )
@@ -115,7 +116,7 @@ def _quantize(
         rounded = round_layer(W, factor, table, config)
         made[name] = _layer(layer, replace(rounded, scale=rounded.scale * unit), plan[name], table, config)
         if not torch.isfinite(made[name].weight).all():
-            raise ValueError(
+            raise UsageError(
                 f"the weight of {name!r} reaches {layer.weight.abs().max():.3g}: once rounded, it is more "
                 "than fp32 holds. Load or train the model again, or name the layer in QuantConfig.skip"
             )
@@ -169,13 +170,13 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     """The text of the batches, if it and the layers are what `quantize` can use."""
     for name, layer in layers.items():
         if layer.weight.is_meta:
-            raise ValueError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
+            raise UsageError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
         if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
+            raise UsageError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
     check_model(model)
     texts = [text for batch in batches for text in without_padding(*read_batch(batch, model, "calibration"))]
     if not (texts := [text for text in texts if text.numel()]):
-        raise ValueError(
+        raise UsageError(
             "there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
             "gives its batches only once)"
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..disk.tensor_file import reading, save_tensors
+from ..errors import UsageError
 from ..ptq.model import quant_layers
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Run:
         saved = {name[4:]: tensor.shape for name, tensor in tensors.items() if name.startswith("now.")}
         ours = {group["name"]: group["params"][0].shape for group in self.groups}
         if meta.get("settings") != self.settings or "tokens" not in meta or saved != ours:
-            raise ValueError(
+            raise UsageError(
                 f"{path} is the checkpoint of another run (other config, loss or model): delete it to "
                 "start afresh, or run with the settings it was made with"
             )
@@ -161,7 +162,7 @@ class Run:
         begun |= {f"fixed.{name}": buffer for name, buffer in self.fixed.items()}
         for name, ours in begun.items():
             if name not in tensors or not _alike(tensors[name], ours.cpu()):
-                raise ValueError(
+                raise UsageError(
                     f"{path} started from another model ({name.partition('.')[2]!r} differs): quantize "
                     "again as for that run, or delete the file to start afresh"
                 )
@@ -182,7 +183,7 @@ def agree(done: int) -> None:
     found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, done)
     if len(set(found)) > 1:
-        raise ValueError(
+        raise UsageError(
             f"the processes resume after {found} steps: keep the checkpoint where all of them can "
             "read it, or delete it to start afresh"
         )

@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..language_model import IGNORED, Batch, check_model, keep_modes, logits_of, read_batch
 from ..layer.linear import AffineLinear, StepLinear
 from ..ptq.matrix import in_units
@@ -66,20 +67,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1 or self.checkpoint_every < 1:
-            raise ValueError(
+            raise UsageError(
                 f"TrainConfig: steps {self.steps}, log_every {self.log_every} and "
                 f"checkpoint_every {self.checkpoint_every} must be at least 1"
             )
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(
+            raise UsageError(
                 f"TrainConfig: warmup {self.warmup} and decay {self.decay} are shares of the "
                 "steps: 0 or more each, and together at most 1"
             )
         rates = (self.lr_latents, self.lr_scales, self.lr_codebooks, self.lr_rest)
         if not all(rate >= 0 for rate in rates):
-            raise ValueError(f"TrainConfig: learning rates {rates} must be 0 (frozen) or more")
+            raise UsageError(f"TrainConfig: learning rates {rates} must be 0 (frozen) or more")
         if self.clip <= 0:
-            raise ValueError(f"TrainConfig.clip is {self.clip}; it must be above 0 (inf: do not clip)")
+            raise UsageError(f"TrainConfig.clip is {self.clip}; it must be above 0 (inf: do not clip)")
 
     def phases(self) -> tuple[int, int, int]:
         """Steps of warm-up, constant rate and decay; they sum to `steps`."""
@@ -159,7 +160,7 @@ def train(
             if checkpoint and due and accelerator.is_main_process:
                 run.save(checkpoint, done, tokens, history, losses)
     if done < config.steps:
-        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
+        raise UsageError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
     return history
 
 
@@ -167,19 +168,19 @@ def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
     for asked in (model,) if teacher is None else (model, teacher):
         check_model(asked)
     if teacher is model or teacher is not None and any(quant_layers(teacher)):
-        raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
+        raise UsageError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantize(model)")
     if teacher is not None and not any(quant_layers(model)):
-        raise ValueError(
+        raise UsageError(
             "the model has no layer whose codes can be trained: quantize(model) first, or read a packed "
             "one with load_packed(folder, trainable=True)"
         )
     theirs = set() if teacher is None else set(map(id, teacher.parameters()))
     if shared := [name for name, p in model.named_parameters() if p.requires_grad and id(p) in theirs]:
-        raise ValueError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing it")
+        raise UsageError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing it")
     if away := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
+        raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
     if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
+        raise UsageError(
             f"the accelerator accumulates {accelerator.gradient_accumulation_steps} batches a step, train "
             "takes one: give larger batches, or more processes"
         )
@@ -229,7 +230,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             kind, rate = kinds.get(id(parameter), ("rest", config.lr_rest))
             groups.append({"params": [parameter], "name": name, "kind": kind, "lr": rate, "full_lr": rate})
     if not groups:
-        raise ValueError(
+        raise UsageError(
             "no parameter requires a gradient: call model.requires_grad_(True), or requires_grad_ on the "
             "parameters to train"
         )

@@ -14,13 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
     if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
+        raise UsageError(
             "student and teacher differ in vocabulary: "
             f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
             "from before quantization."
