@@ -1,32 +1,34 @@
 """Text, models, evaluation and the comparison: what all methods are measured with."""
 
-from .compare import ARMS, Budget, Lab, start
-from .evaluate import Perplexity, kl_to, perplexity, perplexity_and_kl
+from .batches import batches, sample_windows, windows
+from .compare import RECIPES, Budget, Experiment, Recipe, quantized, run_recipe
+from .evaluate import Perplexity, kl_to, perplexity
 from .models import BUNDLED, choose_device, load
-from .report import by_arm, caption, spread, table
+from .report import by_method, caption, spread, table
 from .results import read_results
-from .text import Splits, batches, load_text, sample_windows, windows
+from .text import Splits, load_text
 
 __all__ = [
-    "ARMS",
     "BUNDLED",
     "Budget",
-    "Lab",
+    "Experiment",
     "Perplexity",
+    "RECIPES",
+    "Recipe",
     "Splits",
     "batches",
-    "by_arm",
+    "by_method",
     "caption",
     "choose_device",
     "kl_to",
     "load",
     "load_text",
     "perplexity",
-    "perplexity_and_kl",
+    "quantized",
     "read_results",
+    "run_recipe",
     "sample_windows",
     "spread",
-    "start",
     "table",
     "windows",
 ]

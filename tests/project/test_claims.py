@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from lcqat_min.harness.report import by_arm
+from lcqat_min.harness.report import by_method
 from lcqat_min.harness.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def arms():
-    return by_arm(read_results(ROOT / "results" / "compare.json")["rows"])
+def methods():
+    return by_method(read_results(ROOT / "results" / "compare.json")["rows"])
 
 
 def below(rows: list[dict], key: str, others: list[dict], other_key: str) -> bool:
@@ -25,22 +25,22 @@ def below(rows: list[dict], key: str, others: list[dict], other_key: str) -> boo
     return min(theirs) - max(ours) > max(max(ours) - min(ours), max(theirs) - min(theirs))
 
 
-def test_vector_rounding_beats_scalar_training(arms):
-    assert below(arms["lcqat-planes"], "kl_ptq", arms["sq"], "kl_qat")
+def test_vector_rounding_beats_scalar_training(methods):
+    assert below(methods["lcqat-planes"], "kl_ptq", methods["sq"], "kl_qat")
 
 
-def test_published_scalar_start_does_not_reach_feedback_rounding(arms):
-    assert below(arms["gptq"], "kl_ptq", arms["sq-paretoq"], "kl_qat")
+def test_published_scalar_start_does_not_reach_feedback_rounding(methods):
+    assert below(methods["gptq"], "kl_ptq", methods["sq-paretoq"], "kl_qat")
 
 
 @pytest.mark.parametrize("key", ["kl_ptq", "kl_qat"])
-def test_order_of_the_arms(arms, key):
-    assert below(arms["lcqat-planes"], key, arms["lcqat-paper"], key)
-    assert below(arms["lcqat-paper"], key, arms["sq"], key)
+def test_order_of_the_arms(methods, key):
+    assert below(methods["lcqat-planes"], key, methods["lcqat-paper"], key)
+    assert below(methods["lcqat-paper"], key, methods["sq"], key)
 
 
-def test_training_helps_every_trained_arm(arms):
-    for name, rows in arms.items():
+def test_training_helps_every_trained_arm(methods):
+    for name, rows in methods.items():
         if name != "fp" and rows[0]["kl_qat"] is not None:
             assert below(rows, "kl_qat", rows, "kl_ptq"), name
 
@@ -51,56 +51,60 @@ def level(rows: list[dict], others: list[dict], key: str) -> bool:
     return min(ours) <= max(theirs) and min(theirs) <= max(ours)
 
 
-def test_lattice_is_little_ahead_of_the_rotated_grid(arms):
-    mean = {name: sum(row["kl_qat"] for row in arms[name]) / 3 for name in ("sq", "lcqat-release", "lcqat-paper")}
+def test_lattice_is_little_ahead_of_the_rotated_grid(methods):
+    mean = {name: sum(row["kl_qat"] for row in methods[name]) / 3 for name in ("sq", "lcqat-release", "lcqat-paper")}
     assert abs(mean["lcqat-release"] - mean["lcqat-paper"]) < 0.1 * (mean["sq"] - mean["lcqat-paper"])
 
 
-def test_untied_vectors_beat_every_scalar_arm(arms):
-    assert all(below(arms["lcqat-planes"], "kl_ptq", arms[name], "kl_ptq") for name in ("rtn", "gptq", "lcqat-release"))
+def test_untied_vectors_beat_every_scalar_arm(methods):
+    assert all(
+        below(methods["lcqat-planes"], "kl_ptq", methods[name], "kl_ptq") for name in ("rtn", "gptq", "lcqat-release")
+    )
     for name in ("sq", "sq-paretoq", "lcqat-release", "lcqat-paper"):
-        assert below(arms["lcqat-planes"], "kl_qat", arms[name], "kl_qat")
+        assert below(methods["lcqat-planes"], "kl_qat", methods[name], "kl_qat")
 
 
-def test_planes_and_table_are_level_after_training(arms):
-    assert level(arms["lcqat-planes"], arms["free-vq"], "kl_qat")
+def test_planes_and_table_are_level_after_training(methods):
+    assert level(methods["lcqat-planes"], methods["free-vq"], "kl_qat")
 
 
-def test_codes_of_the_lcqat_arms_hardly_flip(arms):
-    assert all(row["code_flips"] < 0.0001 for name in arms if name.startswith("lcqat") for row in arms[name])
+def test_codes_of_the_lcqat_arms_hardly_flip(methods):
+    assert all(row["code_flips"] < 0.0001 for name in methods if name.startswith("lcqat") for row in methods[name])
 
 
 def test_rates_that_flip_codes_did_not_help():
     rows = read_results(ROOT / "results" / "rates.json")["rows"]
-    for arm in ("lcqat-paper", "lcqat-planes"):
+    for method in ("lcqat-paper", "lcqat-planes"):
         best = {
-            rate: min(row["kl_qat"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            rate: min(row["kl_qat"] for row in rows if row["method"] == method and row["lr_latents"] == rate)
             for rate in (0.001, 0.003, 0.01)
         }
         flips = {
-            rate: max(row["code_flips"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            rate: max(row["code_flips"] for row in rows if row["method"] == method and row["lr_latents"] == rate)
             for rate in best
         }
         assert flips[0.001] < 0.0001 and 0.001 < flips[0.003] < flips[0.01]
         assert best[0.003] > best[0.001] - 0.0005 and best[0.01] > best[0.001] + 0.01
 
 
-def test_control_drifts(arms):
-    assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in arms["fp"])
+def test_control_drifts(methods):
+    assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in methods["fp"])
 
 
 def test_more_tokens_leave_the_order():
     rows = read_results(ROOT / "results" / "longer.json")["rows"]
-    by_arm = {name: [row for row in rows if row["arm"] == name] for name in {row["arm"] for row in rows}}
-    assert all(found[-1]["kl"] < found[1]["kl"] for found in by_arm.values())
-    last = {name: found[-1]["kl"] for name, found in by_arm.items()}
+    by_method = {name: [row for row in rows if row["method"] == name] for name in {row["method"] for row in rows}}
+    assert all(found[-1]["kl"] < found[1]["kl"] for found in by_method.values())
+    last = {name: found[-1]["kl"] for name, found in by_method.items()}
     assert last["lcqat-planes"] < last["lcqat-paper"] < last["sq"]
-    first, end = by_arm["lcqat-planes"][1], by_arm["sq"][-1]
+    first, end = by_method["lcqat-planes"][1], by_method["sq"][-1]
     assert first["tokens"] * 6 == end["tokens"] and first["kl"] < end["kl"]
-    fast, frozen = (by_arm[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
+    fast, frozen = (by_method[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
     assert fast["code_flips"] > 0.01 and frozen["code_flips"] == 0
     table = [
-        row["kl_qat"] for row in read_results(ROOT / "results" / "compare.json")["rows"] if row["arm"] == "lcqat-planes"
+        row["kl_qat"]
+        for row in read_results(ROOT / "results" / "compare.json")["rows"]
+        if row["method"] == "lcqat-planes"
     ]
     seeds = max(table) - min(table)
     assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < seeds
@@ -141,9 +145,9 @@ def test_packed_products_on_a_cpu():
         assert ratio[11008, name, "eager", 16] < 0.8 * ratio[11008, "table d=4", "eager", 16]
 
 
-def test_answers_in_the_library_example(arms):
+def test_answers_in_the_library_example(methods):
     """The example uses seed 0 of lcqat-planes: its printed answers are that row's."""
     text = (ROOT / "README.md").read_text()
     printed = re.findall(r"text\.test\[:16384\]\):\.4f}\"\)  # (\S+)", text)
-    row = next(row for row in arms["lcqat-planes"] if row["seed"] == 0)
+    row = next(row for row in methods["lcqat-planes"] if row["seed"] == 0)
     assert printed == [f"{row['kl_ptq']:.4f}", f"{row['kl_qat']:.4f}"]

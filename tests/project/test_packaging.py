@@ -125,7 +125,7 @@ quantize(model, [ids.view(2, 32) % 16], QuantConfig())
 train(model, [ids.view(2, 32) % 16], TrainConfig(1), teacher)
 print(kl_to(teacher, model, ids % 16, 32))
 """
-    environment = os.environ | {"LCQAT_QUIET": "1"}
+    environment = os.environ | {"TQDM_DISABLE": "1"}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and float(run.stdout) > 0, run.stderr
 
