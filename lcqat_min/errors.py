@@ -1,9 +1,5 @@
-"""Mistakes of the caller, told apart from mistakes of this package.
-
-A UsageError says what was given, what is accepted and what to do. The command line prints it as one line; any other
-exception is a bug of this package and keeps its traceback (cli/main.py). Python code sees an ordinary ValueError.
-"""
+"""Mistakes of the caller, told apart from mistakes of this package."""
 
 
 class UsageError(ValueError):
-    """What the caller gave cannot be used: an argument, a file, a model or a text."""
+    """An argument, file or model that cannot be used; the message says what was given, what can be, and a remedy."""
