@@ -14,6 +14,8 @@ from lcqat_min.cli import main as cli
 from lcqat_min.disk.locks import alone
 from lcqat_min.harness.models import BUNDLED, load
 from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.ptq.matrix import QuantConfig
+from lcqat_min.ptq.model import quant_layers, quantize
 from lcqat_min.qat import checkpoint
 
 
@@ -44,6 +46,27 @@ def test_the_way_there_and_back(place, packed, capsys):
         assert call("generate", folder, "--tokens", 5) == 0
         texts.append(capsys.readouterr().out.splitlines()[-1])
     assert texts[0] == texts[1]
+
+
+def beside_codes(model: torch.nn.Module) -> torch.Tensor:
+    """How far each latent is from its digit, in bins."""
+    layers = [layer for _, layer in quant_layers(model)]
+    centres = [0.0 if layer.levels == 2 else (layer.levels - 1) / 2 for layer in layers]
+    gaps = [layer.latent - layer.digits().view_as(layer.latent) - at for layer, at in zip(layers, centres, strict=True)]
+    return torch.cat([gap.detach().flatten().abs() for gap in gaps])
+
+
+@pytest.mark.parametrize("codebook", ["planes", "lattice"])
+def test_training_from_a_folder_starts_on_the_codes_and_in_python_beside_them(codebook, tiny_llama, tmp_path, capsys):
+    model = tiny_llama()
+    quantize(model, [torch.arange(64).view(2, 32)], QuantConfig(codebook))
+    assert (beside_codes(model) > 0.001).float().mean() > 0.9
+    save_packed(model, tmp_path / "packed")
+    again = load_packed(tmp_path / "packed", trainable=True)
+    assert beside_codes(again).max() == 0
+    with pytest.raises(SystemExit):
+        call("train", "--help")
+    assert "training starts with each latent on its code" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path, capsys):
