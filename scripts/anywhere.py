@@ -31,7 +31,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "runs" / "anywhere"
 OFFLINE = {
-    "LCQAT_QUIET": "1",
+    "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -42,7 +42,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lcqat_min.harness.text import batches, documents, load_text, windows  # noqa: E402
+from lcqat_min.harness.batches import batches, windows  # noqa: E402
+from lcqat_min.harness.text import documents, load_text  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, WINDOW, BATCH = 4096, 256, 16
@@ -291,7 +292,7 @@ def train(
     """From state["step"] to the end of the run, calling save(mean loss, rate) every SAVE_EVERY steps."""
     stream = batches(train_ids, WINDOW, BATCH, torch.Generator().manual_seed(args.seed))
     stream = itertools.islice(stream, state["step"], None)  # the same order as without an interruption
-    bar = tqdm(initial=state["step"], unit="step", disable=os.environ.get("LCQAT_QUIET") == "1")
+    bar = tqdm(initial=state["step"], unit="step")
     clock, losses = time.monotonic(), []
     while state["step"] < (total := planned_total(state, args)):
         bar.total, share = total, rate(state["step"], total)

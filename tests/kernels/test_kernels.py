@@ -200,7 +200,7 @@ def test_dequantize_in_torch_serves_all_dtypes(name, dtype):
 
 def test_integer_inputs_are_refused_with_the_remedy():
     codes, _ = packed(scalar(), 4, 8)
-    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .*QuantConfig.skip"):
+    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .*Method.skip"):
         kernels.packed_linear(torch.zeros(2, 8, dtype=torch.uint8), codes, scalar(), torch.ones(4))
 
 
