@@ -3,8 +3,7 @@
     from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
 
 README.md says what is in which folder. Rounding, training and measuring need only torch and the standard library;
-checkpoints need safetensors, and progress bars tqdm. With numpy, rounding is faster. micro.py is the whole method in one
-file.
+checkpoints need safetensors, and progress bars tqdm. With numpy, rounding is faster. micro.py is all of it in one file.
 """
 
 import importlib.util
