@@ -16,7 +16,7 @@ gradient:
     codebooks  the same
     rest       plain (embeddings, norms, biases)
 
-So one number means the same for a grid, for bit-planes and for weights with a learned step, and arms can be
+So one number means the same for a grid, for bit-planes and for weights with a learned step, and methods can be
 compared. Schedule: linear warm-up, constant, linear decay to zero; the three parts sum to the number of
 steps. No weight decay: on a latent it pulls towards a rounding boundary.
 
