@@ -17,7 +17,7 @@ time.
     python scripts/pretrain.py --max-minutes 60       # fit into an hour
     python scripts/pretrain.py --device cuda          # on a GPU
 
-Everything lives in runs/pretrain/: checkpoint/ (to go on from), snapshot/ (a model folder), log.jsonl.
+Everything is in runs/pretrain/: checkpoint/ (to go on from), snapshot/ (a model folder), log.jsonl.
 The end of the run writes the model folder with its model card.
 """
 
@@ -61,8 +61,8 @@ pipeline_tag: text-generation
 # doc-llama
 
 A small Llama that has read Python documentation. [`scripts/pretrain.py`](../../scripts/pretrain.py)
-trained it from scratch, as an object for quantization: small enough for a laptop, trained long enough
-that 2 bits hurt. It writes text like docstrings and knows nothing else; it is no assistant.
+trained it from scratch, to be quantized: small enough for a laptop, trained long enough
+that 2 bits hurt. It writes text like docstrings and knows nothing else; it is not an assistant.
 
 | | |
 |---|---|
