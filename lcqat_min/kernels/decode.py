@@ -59,7 +59,9 @@ def one_bit(device: torch.device) -> AffineCodebook:
 
 def _look_up(codes: Tensor, table: Tensor) -> Tensor:
     """uint8 [rows, bytes], fp32 [256, w] -> fp32 [rows, bytes * w]."""
-    if table.shape[1] != 4 or codes.device.type != "cpu" or torch.compiler.is_compiling():
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if table.shape[1] != 4 or codes.device.type != "cpu" or traced:
         return F.embedding(codes.int(), table).flatten(1)
-    four = table.contiguous().view(torch.complex128).flatten()  # one number of 16 bytes is copied faster than four
+    # One number of 16 bytes is copied faster than four of 4 bytes. Programs that trace this know no such numbers.
+    four = table.contiguous().view(torch.complex128).flatten()
     return four.index_select(0, codes.int().flatten()).view(torch.float32).view(len(codes), -1)

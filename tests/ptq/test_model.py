@@ -592,8 +592,6 @@ def whole_path(model: nn.Module, batches: list[torch.Tensor], config: QuantConfi
 )
 def test_the_default_dtype_does_not_matter(odd_net, batches, monkeypatch, kind, d, more):
     batches, config = [batch % 11 for batch in batches], QuantConfig(codebook=kind, dim=d, refits=0)
-    if more == "integers":  # products as of large weights
-        monkeypatch.setattr(cpu, "INTEGERS_PAY", 0)
     if more == "max":  # one scale a row: the search takes long
         config = replace(config, scale="max")
     expected = whole_path(copy.deepcopy(odd_net), batches, config)
