@@ -3,7 +3,7 @@
     python examples/trainer.py my-2-bit-model Qwen/Qwen3-0.6B notes.txt my-trained-model
 
 Three things are not the Trainer's own: the loss, which is the distance to the unquantized model; the optimizer, since
-each kind of parameter has a rate in a unit of its own (qat/loop.py); and saving, which is save_packed's work. All else
+each kind of parameter has a rate in its own unit (qat/config.py); and saving, which `save_packed` does. All else
 (devices, accumulation of gradients, logging, callbacks) is as everywhere with a Trainer.
 
 Limits: windows without padding; where there is some, compare logits[mask] alone. The Trainer saves no checkpoints, as

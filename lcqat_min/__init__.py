@@ -1,6 +1,6 @@
 """lcqat-min: 2-bit vector-quantization-aware training of language models, small enough to read.
 
-    from lcqat_min import QuantConfig, TrainConfig, quantize, train, perplexity
+    from lcqat_min import LCQAT, TrainConfig, quantize, train, perplexity
 
 The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, inputs, layers,
 linear, convert, checkpoint, distillation, train, evaluate) needs torch and the standard library alone; a checkpoint
@@ -23,9 +23,10 @@ if importlib.util.find_spec("torch") is None:  # with `name`, `python -m lcqat_m
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .harness.evaluate import kl_to, perplexity  # noqa: E402
-from .ptq.matrix import QuantConfig  # noqa: E402
+from .ptq.lcqat import LCQAT  # noqa: E402
 from .ptq.model import quantize  # noqa: E402
-from .qat.loop import TrainConfig, train  # noqa: E402
+from .qat.config import TrainConfig  # noqa: E402
+from .qat.loop import train  # noqa: E402
 
-__all__ = ["QuantConfig", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
+__all__ = ["LCQAT", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
 __version__ = "0.1.0"

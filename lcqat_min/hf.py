@@ -1,6 +1,6 @@
 """`import lcqat_min.hf` teaches transformers to read packed folders: see packing/hf.py. Their config.json names
-this."""
+this module."""
 
-from .packing.hf import PackedConfig, PackedQuantizer, num_parameters
+from .packing.hf import PackedConfig, PackedQuantizer
 
-__all__ = ["PackedConfig", "PackedQuantizer", "num_parameters"]
+__all__ = ["PackedConfig", "PackedQuantizer"]

@@ -1,4 +1,4 @@
-"""What a model reads: how many tokens it knows, how long a text it takes, where its inputs go, and batches of tokens.
+"""What a language model reads: its vocabulary and window, where its inputs go, batches of tokens, and padding.
 
 All of this is asked here, because the obvious answers are wrong for some models. Models of text and images keep the
 numbers of their language model in a configuration inside the configuration. Embeddings may have more rows than the
@@ -8,6 +8,8 @@ A batch is a tensor of token ids [B, T], or what a tokenizer returns: a mapping 
 padded to one length, `attention_mask`, both [B, T]. Padding counts nowhere. A model is called as
 
     model(input_ids=ids, use_cache=False).logits                 [B, T, vocabulary]
+
+Limits: a model whose configuration has none of the usual names for its window counts as one without a limit.
 """
 
 from __future__ import annotations
@@ -23,15 +25,14 @@ from torch import Tensor, nn
 
 CALL = "model(input_ids=ids, use_cache=False).logits, ids [B, T], logits [B, T, vocabulary]"
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
-IGNORED = -100  # label of a position that is not scored; never a token id, and what cross_entropy passes over
+IGNORED = -100  # the label of a position that is not scored: never a token id, and what cross_entropy leaves out
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
 def vocabulary(model: nn.Module) -> int | None:
     """How many tokens the model can read, from the rows of its embeddings or its config; None if neither says."""
-    rows = getattr(_embeddings(model), "num_embeddings", None)
-    return rows or _positive(text_config(model), ("vocab_size",))
+    return getattr(_embeddings(model), "num_embeddings", None) or _positive(text_config(model), ("vocab_size",))
 
 
 def longest_window(model: nn.Module) -> int | None:
@@ -42,92 +43,77 @@ def longest_window(model: nn.Module) -> int | None:
 def text_config(model: nn.Module) -> object:
     """The part of the model's config that is about text, or all of it; None if it has none."""
     config = getattr(model, "config", None)
-    if not callable(getattr(config, "get_text_config", None)):
-        return config
     try:
         return config.get_text_config(decoder=True)
-    except ValueError:  # it has several parts about text, and does not say which one is meant
+    except (AttributeError, ValueError):  # it has one part only, or several about text and does not say which is meant
         return config
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device that the embeddings compute on, wherever their weight waits (accelerate).
+    """Where token ids go: the device that the embeddings compute on, wherever accelerate keeps their weight.
 
-    ValueError for weights that are nowhere.
+    ValueError where the weights are not in memory and nothing says where they are computed with.
     """
-    ends = [part for part in (_embeddings(model), model) if isinstance(part, nn.Module)]
-    tensors = chain(*(part.parameters() for part in ends), model.buffers())
-    if not (first := next(tensors, torch.empty(0, device="cpu"))).is_meta:
+    ends = _embeddings(model), model
+    tensors = chain(*(end.parameters() for end in ends), model.buffers(), [torch.empty(0, device="cpu")])
+    if not (first := next(tensors)).is_meta:
         return first.device
     for module in chain(ends, model.modules()):
         hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):  # one, or several in a row
-            if (device := getattr(part, "execution_device", None)) is not None:
+        for one in getattr(hook, "hooks", [hook]):
+            if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)
     raise ValueError(f"the weights of {type(model).__name__} are not in memory (meta device): load it whole")
 
 
 def check_model(model: nn.Module) -> None:
     """ValueError for a model that cannot be called as a causal language model."""
+    name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} has an encoder and a decoder: give a causal language model, {CALL}")
-    try:
-        taken = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # compiled code does not say what it takes
-        return
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    if missing := [name for name in ("input_ids", "use_cache") if name not in taken and not anything]:
-        raise ValueError(
-            f"the forward of {type(model).__name__} takes {', '.join(taken) or 'nothing'}, not "
-            f"{' and '.join(missing)}: wrap it in a module that is called as {CALL}"
-        )
+        raise ValueError(f"{name} has an encoder and a decoder: give a causal language model, {CALL}")
+    taken = inspect.signature(model.forward).parameters
+    missing = [needed for needed in ("input_ids", "use_cache") if needed not in taken]
+    if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        got = f"takes {', '.join(taken) or 'nothing'}, not {' and '.join(missing)}"
+        raise ValueError(f"the forward of {name} {got}: wrap it in a module that is called as {CALL}")
 
 
 def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tensor | None]:
-    """A batch's token ids [B, T], and which of them are text, bool [B, T]; None where all are.
+    """A batch's token ids [B, T], and which of them are text, bool [B, T], or None where all are.
 
-    Raises ValueError for a batch that is no integers [B, T], for a mask of another shape or without any text, and for
+    Raises ValueError for a batch that is not integers [B, T], for a mask of another shape or without any text, and for
     tokens that the model does not have. Warns of what looks like padding without a mask.
     """
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
-        raise ValueError(
-            f"a {what} batch is {got}; give batches of token ids, integers [B, T]: for one tensor of "
-            'windows [n, T] that is windows.split(8), from a tokenizer return_tensors="pt"'
-        )
+        remedy = "give batches of token ids, integers [B, T]: for one tensor of windows [n, T] that is windows.split(8)"
+        raise ValueError(f"a {what} batch is {_described(ids if isinstance(ids, Tensor) else batch)}; {remedy}")
     check_tokens(ids, model, f"a {what} batch")
     if mask is None:
         _warn_of_padding(ids, model, what)
-        return ids, None
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape or ids.numel() and not mask.any():
-        got = f"{list(mask.shape)}, {int(mask.sum())} of it text" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"the attention_mask of a {what} batch {list(ids.shape)} is {got}: it must have that shape, "
-            "1 for text and 0 for padding, and some text"
-        )
-    return ids, None if mask.all() else mask.bool()
+    elif not isinstance(mask, Tensor) or mask.shape != ids.shape or ids.numel() and not mask.any():
+        found = f"the attention_mask of a {what} batch {list(ids.shape)} is {_described(mask)}"
+        raise ValueError(f"{found}: it must have that shape, 1 for text and 0 for padding, and some text")
+    return ids, None if mask is None or mask.all() else mask.bool()
 
 
 def check_tokens(ids: Tensor, model: nn.Module, what: str) -> None:
     """ValueError for tokens that the model does not have."""
-    words = vocabulary(model)
-    if words and ids.numel() and not 0 <= ids.min() <= ids.max() < words:
-        raise ValueError(
-            f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {words - 1}: "
-            "encode the text with this model's own tokenizer"
-        )
+    size = vocabulary(model)
+    if size and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
+        found = f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {size - 1}"
+        raise ValueError(f"{found}: encode the text with this model's own tokenizer")
 
 
 def without_padding(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The text alone, as batches [n, t] of rows of one length: for models that do not take masks, and for experts."""
+    """The text alone, as batches [n, t] of rows of equal length: for models that do not take masks, and for experts."""
     if mask is None:
         return [ids]
     rows: dict[int, list[Tensor]] = {}
     for row, text in zip(ids, mask, strict=True):
         if text.any():
             rows.setdefault(int(text.sum()), []).append(row[text])
-    return [torch.stack(alike) for alike in rows.values()]
+    return [torch.stack(equal) for equal in rows.values()]
 
 
 def run(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> object:
@@ -143,49 +129,44 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}, no logits"
-        raise ValueError(
-            f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}. Load it with its head "
-            f"(AutoModelForCausalLM), or wrap it in a module that is called as {CALL}"
-        )
+        remedy = f"load it by AutoModelForCausalLM, or wrap it in a module that is called as {CALL}"
+        raise ValueError(f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}: {remedy}")
     return logits
 
 
 @contextmanager
 def keep_modes(*models: nn.Module) -> Iterator[None]:
     """Afterwards every module is in training or evaluation mode as it was before, whatever its parent is in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    whole = [(model, model.training) for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]  # parents come first
     try:
         yield
     finally:
-        for model, training in whole:
-            model.train(training)  # some modules do more there than to note the mode
         for module, training in modes:
-            module.training = training
+            module.train(training)  # some modules do more here than note the mode
 
 
-def _embeddings(model: nn.Module) -> nn.Module | None:
+def _embeddings(model: nn.Module) -> nn.Module:
+    """The module that token ids enter, or the model itself where it does not say."""
     try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not know
-        return None
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # not a model of transformers, or one that does not know
+        return model
+    return embeddings if isinstance(embeddings, nn.Module) else model
 
 
 def _positive(config: object, names: tuple[str, ...]) -> int | None:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+    return next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), None)
+
+
+def _described(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _warn_of_padding(ids: Tensor, model: nn.Module, what: str) -> None:
     config = text_config(model)
     pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    if not isinstance(pad, int) or pad in (end if isinstance(end, list) else [end]) or ids.shape[1] < 2:
-        return
-    padding = ids == pad
-    if (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
-        warnings.warn(
-            f"a {what} batch has rows that begin or end with the padding token {pad}, which would count as "
-            "text: give what the tokenizer returns, with its attention_mask",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    known = isinstance(pad, int) and pad not in (end if isinstance(end, list) else [end])
+    padding = ids == (pad if known else IGNORED)
+    if ids.shape[1] > 1 and (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
+        found = f"a {what} batch has rows that begin or end with the padding token {pad}, which counts as text"
+        warnings.warn(f"{found}: give the tokenizer's attention_mask with it", RuntimeWarning, stacklevel=3)

@@ -5,7 +5,7 @@
     train(model, training_batches, 60, teacher)   # then pack(model): what to save, by safetensors
 
 Four weights become one byte. Its eight bits are the digits q of a small formula, w_hat = A q + b, with a gradient to
-A and b and, by a surrogate, to q. This is what QuantConfig() and TrainConfig(steps) of the package do, with the same
+A and b and, by a surrogate, to q. This is what LCQAT() and TrainConfig(steps) of the package do, with the same
 numbers: the same seed gives the same codes, except where two choices are equally good to the last digits. The file
 needs torch and nothing else: copied into an empty folder, it runs. Its functions come in the order of the method:
 

@@ -21,8 +21,9 @@ from lcqat_min.harness.evaluate import kl_to
 from lcqat_min.harness.models import BUNDLED, choose_device, load
 from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
-from lcqat_min.ptq.model import quant_layers
-from lcqat_min.qat.loop import TrainConfig, train
+from lcqat_min.layer.linear import quant_layers
+from lcqat_min.qat.config import TrainConfig
+from lcqat_min.qat.loop import train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EVAL_TOKENS = 8192
@@ -82,12 +83,12 @@ def longer(lab: Lab, seed: int = 0) -> None:
             continue
         arm = next(arm for arm in ARMS if arm.name == arm_name)
         model, found = start(lab, arm, seed), []
-        begin = {n: layer.codes() for n, layer in quant_layers(model)}
+        begin = {n: layer.indices() for n, layer in quant_layers(model)}
 
         def score(step: int, *, model=model, found=found, begin=begin, name=name) -> None:
             if step % (steps // MARKS):
                 return
-            codes = [(layer.codes() != begin[n]).flatten() for n, layer in quant_layers(model)]
+            codes = [(layer.indices() != begin[n]).flatten() for n, layer in quant_layers(model)]
             flips = sum(int(c.sum()) for c in codes) / sum(c.numel() for c in codes)
             kl = kl_to(lab.teacher, model, ids, lab.budget.window)
             tokens = step * lab.budget.window * lab.budget.batch

@@ -33,7 +33,9 @@ from lcqat_min.ptq.ldlq import feedback_round, plain_round, row_scales
 from lcqat_min.ptq.matrix import normal_codebook
 from lcqat_min.ptq.model import quantize
 from lcqat_min.ptq.moments import factorize
-from lcqat_min.qat.loop import TrainConfig, distillation_loss, parameter_groups
+from lcqat_min.qat.config import TrainConfig
+from lcqat_min.qat.loop import parameter_groups
+from lcqat_min.qat.loss import distillation_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {

@@ -25,7 +25,8 @@ from lcqat_min.harness.evaluate import kl_to
 from lcqat_min.harness.models import BUNDLED, choose_device, load
 from lcqat_min.harness.results import add_row, rows_of
 from lcqat_min.harness.text import load_text
-from lcqat_min.qat.loop import TrainConfig, train
+from lcqat_min.qat.config import TrainConfig
+from lcqat_min.qat.loop import train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "rates.json"
 LATENTS, SIDE = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)  # bins a step; share of their size a step

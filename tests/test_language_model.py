@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kinds import method
 from torch import nn
 
-from lcqat_min import QuantConfig, TrainConfig, kl_to, perplexity, quantize, train
+from lcqat_min import TrainConfig, kl_to, perplexity, quantize, train
 from lcqat_min.language_model import input_device, longest_window, read_batch, vocabulary, without_padding
-from lcqat_min.ptq.model import linear_layers, quant_layers
+from lcqat_min.layer.linear import quant_layers
+from lcqat_min.ptq.model import linear_layers
 from lcqat_min.ptq.moments import second_moments
 
-SCALAR = QuantConfig(codebook="scalar", rotate="none", refits=0)
-ONE_BLOCK = QuantConfig(codebook="scalar", rotate="none", refits=0, skip=("layers.1", "lm_head"))
+SCALAR = method("scalar", rotate="none", refits=0)
 
 
 class Net(nn.Module):
@@ -86,7 +87,7 @@ def test_a_model_whose_weights_are_offloaded_scores_and_teaches(tiny_llama, tmp_
 
     teacher, ids = tiny_llama().eval(), torch.randint(97, (64,), generator=torch.Generator().manual_seed(0))
     model = copy.deepcopy(teacher)
-    quantize(model, [ids.view(2, 32)], ONE_BLOCK)
+    quantize(model, [ids.view(2, 32)], SCALAR, skip=("layers.1", "lm_head"))
     other, losses = copy.deepcopy(model), []
     expected = perplexity(teacher, ids, 16), kl_to(teacher, model, ids, 16)
     train(model, [ids.view(2, 32)], TrainConfig(1), teacher, on_step=lambda step, loss: losses.append(loss))
@@ -129,7 +130,7 @@ def padded(texts: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_in_no_second_moment_and_no_code(tiny_gpt2, texts, side):
-    config = QuantConfig(codebook="scalar", refits=0, skip=("h.1.", "lm_head"))
+    config = method("scalar", refits=0)
     alone, batch, models = [text[None] for text in texts], padded(texts, side), [tiny_gpt2(), tiny_gpt2()]
     layers = dict(linear_layers(models[0]))
     expected = second_moments(models[0], layers, alone)
@@ -137,10 +138,13 @@ def test_padding_counts_in_no_second_moment_and_no_code(tiny_gpt2, texts, side):
     for name, moments in expected.items():
         assert found[name].tokens == moments.tokens == 34
         torch.testing.assert_close(found[name].H, moments.H, rtol=1e-4, atol=1e-6)
-    reports = [quantize(model, given, config) for model, given in zip(models, ([batch], alone), strict=True)]
+    reports = [
+        quantize(model, given, config, skip=("h.1.", "lm_head"))
+        for model, given in zip(models, ([batch], alone), strict=True)
+    ]
     assert [report.tokens for report in reports[0]] == [34] * 4 == [report.tokens for report in reports[1]]
     for (_, one), (_, other) in zip(*map(quant_layers, models), strict=True):
-        assert (one.codes() == other.codes()).float().mean() > 0.99
+        assert (one.indices() == other.indices()).float().mean() > 0.99
 
 
 def test_what_a_tokenizer_returns_is_a_batch(texts):
@@ -160,7 +164,7 @@ def test_what_a_tokenizer_returns_is_a_batch(texts):
 def test_padding_counts_in_no_training_step(tiny_llama, texts, side, taught):
     teacher = tiny_llama().eval()
     model = copy.deepcopy(teacher)
-    quantize(model, [texts[0][None]], ONE_BLOCK)
+    quantize(model, [texts[0][None]], SCALAR, skip=("layers.1", "lm_head"))
     losses, steps = [], TrainConfig(1)
     for text in texts:  # each by itself: the loss of a step is that before the step
         train(

@@ -22,14 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lcqat_min import QuantConfig, TrainConfig, kl_to, micro
+from lcqat_min import LCQAT, TrainConfig, kl_to, micro
 from lcqat_min import train as package_train
-from lcqat_min.codebook import AffineCodebook
+from lcqat_min.codebook import AffineCodebook, CodedMatrix
 from lcqat_min.harness.models import BUNDLED, load
-from lcqat_min.layer.linear import AffineLinear
+from lcqat_min.layer.linear import AffineLinear, quant_layers
 from lcqat_min.ptq import model as convert
-from lcqat_min.ptq.ldlq import Rounded
-from lcqat_min.ptq.model import quant_layers
 
 FILE = Path(micro.__file__)
 MOST_LINES = 170
@@ -83,9 +81,9 @@ def test_codes_kl_and_losses_are_those_of_the_package():
     calibration, test, train = text["input_ids"][0, : 26 * 256].view(26, 256).split([16, 8, 2])
     ours, package = copy.deepcopy(teacher), copy.deepcopy(teacher)
     micro.quantize(ours, calibration.split(8), seed=0)
-    convert.quantize(package, calibration.split(8), QuantConfig())
+    convert.quantize(package, calibration.split(8), LCQAT())
 
-    theirs = {name: layer.codes() for name, layer in quant_layers(package)}
+    theirs = {name: layer.indices() for name, layer in quant_layers(package)}
     # All are equal but for near ties, which other processors break in other ways: one moves the refit of its matrix,
     # and so one in a hundred of that matrix's codes.
     assert share_of_equal(codes_of(ours), theirs) >= 0.995
@@ -156,20 +154,9 @@ def as_package(model: nn.Module) -> nn.Module:
     """A copy with layers of the package in the place of those of micro.py."""
     model = copy.deepcopy(model)
     for name, layer in micro.layers_of(model, micro.QuantLinear).items():
-        out, groups, k = layer.latent.shape
-        book, index = AffineCodebook(layer.A.detach(), layer.b.detach(), 2), micro.index_of(layer.latent)
-        rounded = Rounded(book, index, layer.row_scale.detach(), torch.zeros(out, groups * 4), torch.zeros(out))
-        made = AffineLinear(
-            len(layer.signs_in),
-            out,
-            rounded,
-            layer.bias,
-            layer.signs_in,
-            layer.signs_out,
-            "ste",
-            learn_codebook=True,
-            start_on_codes=False,
-        )
+        book = AffineCodebook(layer.A.detach(), layer.b.detach(), 2)
+        coded = CodedMatrix(book, micro.index_of(layer.latent), layer.row_scale.detach())
+        made = AffineLinear(coded, len(layer.signs_in), layer.bias, (layer.signs_in, layer.signs_out))
         made.latent.data = layer.latent.detach().flatten(1).clone()
         model.set_submodule(name, made)
     return model

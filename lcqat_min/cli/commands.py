@@ -28,9 +28,12 @@ from ..harness.models import BUNDLED, choose_device, load
 from ..harness.results import difference, optional, write_json
 from ..harness.text import batches, load_text, sample_windows, say_if_repeated
 from ..language_model import longest_window
-from ..ptq.matrix import QuantConfig
-from ..ptq.model import linear_layers, quant_layers, quantize
-from ..qat.loop import TrainConfig, train
+from ..layer.linear import quant_layers
+from ..ptq.lcqat import LCQAT
+from ..ptq.model import quantize
+from ..ptq.select import linear_layers
+from ..qat.config import TrainConfig
+from ..qat.loop import train
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384
@@ -39,12 +42,12 @@ FAR = 2.0  # nats per token: more than rounding to 2 bits moves a model
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Quantize a model and save it packed."""
-    config = QuantConfig(args.codebook, args.dim, args.rotate, skip=("lm_head", *args.skip), seed=args.seed)
+    config = LCQAT(codebook=args.codebook, dim=args.dim, rotate=args.rotate)
     with _new(args.out):
         _quantize(args, config)
 
 
-def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
+def _quantize(args: argparse.Namespace, config: LCQAT) -> None:
     from tqdm import tqdm
 
     from ..packing.files import save_packed
@@ -61,7 +64,12 @@ def _quantize(args: argparse.Namespace, config: QuantConfig) -> None:
     windows = sample_windows(text.train, max(1, min(args.tokens, len(text.train)) // window), window, generator)
     print(f"{config}, calibrated on {windows.numel()} tokens")
     reports = quantize(
-        model, windows.split(8), config, progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer")
+        model,
+        windows.split(8),
+        config,
+        skip=("lm_head", *args.skip),
+        seed=args.seed,
+        progress=lambda steps: tqdm(steps, disable=_quiet(), unit="layer"),
     )
     print(save_packed(model, args.out, dtype))
     _save_tokenizer(tokenizer, args.out)
@@ -80,7 +88,8 @@ def run_train(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ..packing.files import config_of, save_packed
+    from ..packing.files import save_packed
+    from ..packing.format import config_of
 
     config_of(args.folder)  # a wrong name ends here, before the tokenizer is looked for on the hub
     device, dtype = choose_device(args.device), _dtype_of(args.folder)
@@ -105,6 +114,7 @@ def _train(args: argparse.Namespace) -> None:
     begun = _same_run(
         checkpoint,
         {
+            "model": config_of(args.folder)["quantization_config"].get("sha256"),
             "teacher": str(args.teacher or BUNDLED),
             "text": args.text,
             "tokens": args.tokens,
@@ -152,7 +162,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_bits(args: argparse.Namespace) -> None:
     """Print what a model costs on file."""
-    from ..packing.files import bits_per_weight
+    from ..packing.size import bits_per_weight
 
     print(bits_per_weight(_any(args.folder, torch.device("cpu")), _dtype_of(args.folder)))
 
@@ -211,7 +221,7 @@ def _packed(folder: Path, device: torch.device, trainable: bool = False) -> nn.M
 
 def _any(name: str, device: torch.device) -> nn.Module:
     """The model of a packed or an ordinary folder, or of a name on the hub."""
-    from ..packing.files import config_of
+    from ..packing.format import config_of
 
     if Path(name).is_dir() and config_of(Path(name)).get("quantization_config"):
         return _packed(Path(name), device)

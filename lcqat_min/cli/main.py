@@ -82,10 +82,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _making(verbs: argparse._SubParsersAction) -> None:
     """The verbs that make a packed model."""
-    from ..ptq.matrix import CODEBOOKS, ROTATIONS, QuantConfig
+    from ..ptq.lcqat import CODEBOOKS, LCQAT
+    from ..ptq.method import ROTATIONS
     from . import commands as do
 
-    default = QuantConfig()
+    default = LCQAT()
     quantize = verbs.add_parser("quantize", help="round a model to 2 bits and save it packed")
     common(quantize)
     quantize.add_argument("--out", type=path, required=True, metavar="FOLDER", help="the packed model, a new folder")

@@ -1,16 +1,17 @@
 """Codebooks: an index becomes d weights, w = A q + b or a row of a table."""
 
 from .affine import AffineCodebook, frame_planes, lattice, random_planes, scalar
+from .bitstring import pack_bits, unpack_bits
 from .digits import digits_of, index_of
-from .lloyd import Codebook, fit, mean_squared_error, table_start
-from .matrix import Rounded
+from .lloyd import fit, mean_squared_error
+from .matrix import Codebook, CodedMatrix
 from .search import nearest
-from .table import TableCodebook
+from .table import TableCodebook, table_start
 
 __all__ = [
     "AffineCodebook",
     "Codebook",
-    "Rounded",
+    "CodedMatrix",
     "TableCodebook",
     "digits_of",
     "fit",
@@ -19,7 +20,9 @@ __all__ = [
     "lattice",
     "mean_squared_error",
     "nearest",
+    "pack_bits",
     "random_planes",
     "scalar",
     "table_start",
+    "unpack_bits",
 ]

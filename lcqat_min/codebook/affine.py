@@ -1,4 +1,4 @@
-"""Codebooks of 2 bits a weight: one formula, and the lookup table that it replaces.
+"""Codebooks of 2 bits per weight: one formula, and the lookup table that it replaces.
 
 A codebook turns an m-bit index into a vector of d weights. At 2 bits a weight m = 2 d.
 
@@ -20,25 +20,25 @@ Untied planes without b, one A for the whole model, are LiftQuant (arXiv 2606.04
 Why the names: a digit of four levels is two bits, q = hi + lo/2 with hi, lo in {-1, +1}, so the paper's
 codebook is [A, A/2] applied to two bit-planes: the low plane is *tied* to half of the high plane. All its
 codewords form a sheared cube. Shear can pack space more densely (the lattice D4 is a sheared cube), but it
-also drives the corners out to where hardly any weight lies, and at four levels a side that costs what the
+also drives the corners out to where hardly any weight lies, and at four levels per side that costs what the
 packing gains: on independent normal weights the fitted A is close to orthogonal, whatever the start, and that
 is scalar rounding in a turned basis. *Untie* the planes (let A be d x 2d) and the same bits reach a codebook
 that is shaped like the data. It still has no table: decoding is one tiny matrix product, differentiable in A,
 b and q.
 
-Gives up: encoding is a search (exact up to 8 bits, by halves above), since A is not orthogonal.
+Limits: encoding is a search (exact up to 8 bits, by halves above), since A is not orthogonal.
 Scales are not part of a codebook: it serves weights of about unit variance, the layer keeps the scales.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .digits import digits_of
-from .search import Search, nearest, nearest_by_halves, nearest_level
 
 FP32 = torch.float32  # whatever the default dtype is
 EXACT_BITS = 8  # up to 256 codewords are searched one by one
@@ -68,7 +68,7 @@ class AffineCodebook:
         return self.A.device
 
     def numbers(self) -> int:
-        """How many learned numbers the codebook stores."""
+        """How many numbers are learned."""
         return self.A.numel() + self.b.numel()
 
     def decode(self, index: Tensor) -> Tensor:
@@ -83,25 +83,52 @@ class AffineCodebook:
         """Nearest codeword: x [N, d] -> int64 index [N]. Exact up to 8 bits, see `searcher`."""
         return self.searcher(None)(x.T, 0)
 
-    def searcher(self, metrics: Tensor | None) -> Search:
+    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """search(x [d, N], g) -> int64 index [N] of least |M_g^T (x - w_hat)|^2, for metrics M [G, d, d].
 
         None: plain distance, g = 0. Exact up to 8 bits, with all that does not depend on x prepared once; above,
         a search by halves whose error is, for fitted planes, 0.2 to 2 % above the exact one.
         """
+        from .search import nearest, nearest_level  # a layer never searches
+
         if self.dim == self.A.shape[1] == 1:
             return nearest_level(self.A.item(), self.b.item(), self.levels)
         if self.bits <= EXACT_BITS:
             return nearest(self.codewords(), metrics)
+        from .search_by_halves import nearest_by_halves
+
         search = nearest_by_halves(self.A, self.levels, metrics)
         return lambda x, g: search(x - self.b[:, None], g)
 
     def as_planes(self) -> AffineCodebook:
         """The same codebook, codeword by codeword and index by index, written with digits of two levels."""
-        if self.levels == 2:
+        return self.with_levels(2)
+
+    def with_levels(self, levels: int) -> AffineCodebook:
+        """The same codebook in digits of 2 or 4 levels; from 2 to 4, it must be one that as_planes gave."""
+        if levels == self.levels:
             return self
+        if levels == 4:
+            return AffineCodebook(self.A[:, ::2].contiguous(), self.b, 4)
         columns = torch.stack([self.A, self.A / 2], dim=2)  # hi0 lo0 hi1 lo1 ...: the bits keep their order
         return AffineCodebook(columns.flatten(1), self.b, 2)
+
+    def solved(self, x: Tensor, index: Tensor) -> AffineCodebook:
+        """The least-squares (A, b) for vectors x [N, d] with these codes; fp64 normal equations, (k + 1) x (k + 1)."""
+        k = self.A.shape[1]
+        q = torch.cat([digits_of(index, k, self.levels), x.new_ones(len(x), 1)], dim=1).double()
+        ridge = 1e-6 * torch.eye(k + 1, dtype=torch.float64, device=x.device)  # a digit may be constant here
+        solution = torch.linalg.solve(q.T @ q + ridge, q.T @ x.double()).T.float()
+        return replace(self, A=solution[:, :k].contiguous(), b=solution[:, k].contiguous())
+
+    def ahead_of(self, previous: AffineCodebook, momentum: float) -> AffineCodebook:
+        """A moved on by `momentum` times its change since `previous`."""
+        return replace(self, A=self.A + momentum * (self.A - previous.A))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores: A [d, m] and b [d] of the codebook as planes."""
+        planes = self.as_planes()
+        return {"A": planes.A, "b": planes.b}
 
     def to(self, device: torch.device | str) -> AffineCodebook:
         return replace(self, A=self.A.to(device), b=self.b.to(device))

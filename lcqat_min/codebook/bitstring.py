@@ -1,9 +1,7 @@
-"""The packed layout: each row of indices is one big-endian bit string, cut into bytes.
+"""Indices as bytes: each row of m-bit indices is one big-endian bit string, padded with zeros to a whole byte.
 
-    packed codes   uint8 [rows, bytes]    index v of a row is bits m v ... m v + m - 1 of its string
-
-The last byte of a row is filled with zeros. So at 2 bits per weight a byte holds four weights, whether d is 1, 2 or 4,
-the first one in the highest bits; with d = 8 a vector is two bytes. That a row starts on a byte costs at most 7 bits.
+So at 2 bits per weight a byte holds four weights, the first in the highest bits. A row that ends within a byte costs up
+to 7 bits. Both functions are plain torch: to be read, and to check the products with packed codes against.
 """
 
 from __future__ import annotations

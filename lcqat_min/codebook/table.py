@@ -6,12 +6,11 @@ index has no digits that could be trained, and it stores 2^m d numbers (k-means,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from .search import Search, nearest
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,16 @@ class TableCodebook:
         return self.table.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
     def bits(self) -> int:
         """m, bits of an index."""
         return int(self.table.shape[0]).bit_length() - 1  # no int in torch.jit.trace
 
-    @property
-    def device(self) -> torch.device:
-        """Where the table is."""
-        return self.table.device
-
     def numbers(self) -> int:
-        """How many learned numbers the codebook stores."""
+        """How many numbers are learned."""
         return self.table.numel()
 
     def decode(self, index: Tensor) -> Tensor:
@@ -51,13 +49,42 @@ class TableCodebook:
         """Nearest codeword, exact: x [N, d] -> int64 index [N]."""
         return self.searcher(None)(x.T, 0)
 
-    def searcher(self, metrics: Tensor | None) -> Search:
+    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
         """As in AffineCodebook.searcher, exact."""
+        from .search import nearest
+
         return nearest(self.table, metrics)
 
     def as_planes(self) -> None:
-        """None: a table has no linear form, which an affine codebook has."""
-        return None
+        """None: no linear form."""
+
+    def solved(self, x: Tensor, index: Tensor) -> TableCodebook:
+        """The mean of each cell of the vectors x [N, d]; empty cells move to the vectors with the largest errors."""
+        size = len(self.table)
+        count = torch.bincount(index, minlength=size)
+        total = torch.zeros_like(self.table).index_add_(0, index, x)
+        table = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], self.table)
+        empty = (count == 0).nonzero().flatten()
+        if len(empty):
+            error = (x - self.decode(index)).square().sum(1)
+            worst = error.topk(min(len(empty), len(x))).indices
+            table[empty[: len(worst)]] = x[worst]
+        return TableCodebook(table)
+
+    def ahead_of(self, previous: TableCodebook, momentum: float) -> TableCodebook:
+        """Itself: cells do not move in one direction for long."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores: the table."""
+        return {"table": self.table}
 
     def to(self, device: torch.device | str) -> TableCodebook:
         return TableCodebook(self.table.to(device))
+
+
+def table_start(x: Tensor, size: int, generator: torch.Generator) -> TableCodebook:
+    """k-means start: `size` of the vectors x [N, d], drawn without repetition. ValueError where N < size."""
+    if len(x) < size:
+        raise ValueError(f"table_start: {len(x)} vectors for a table of {size}. Give more or lower `size`.")
+    return TableCodebook(x[torch.randperm(len(x), generator=generator)[:size].to(x.device)].clone())

@@ -1,11 +1,11 @@
 """One process at a time: a lock beside the file that is worked on.
 
 The lock is the operating system's, on an open file of the name `<file>.lock`. The system releases it when its process
-ends, however it ends, so a lock is never left behind by a process that was killed. (The empty file may be; it means
+ends, however it ends, so a process that was killed never leaves a lock. (It may leave the empty file, which means
 nothing.)
 
-Limits: a file system without locks lets everybody in. What is written there is still never damaged, since files are
-written whole and renamed; but of two processes that add to one file at the same moment, one may lose its rows.
+Limits: a file system without locks lets every process in. What is written there is still never damaged, since files
+are written whole and renamed; but of two processes that add to one file at the same moment, one may lose its rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # another process holds the 
 
 @contextmanager
 def alone(path: Path, wait: bool = False) -> Iterator[None]:
-    """One process at a time in here for `path`. Another one waits (wait), or gets a ValueError that says so."""
+    """Lets one process at a time in for `path`. Another one waits, or gets a ValueError if not `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(path.name + ".lock")
     while True:
@@ -32,9 +32,7 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
             break
         file.close()
         if held and not wait:
-            raise ValueError(
-                f"another process is at work here (it holds {name}): wait until it has ended, or choose another folder"
-            )
+            raise ValueError(f"another process is at work here (it holds {name}): wait, or choose another folder")
         time.sleep(0.02)
     with file:
         try:
@@ -61,8 +59,7 @@ def _held_elsewhere(file: IO) -> bool:
 
 
 def _is_named(file: IO, name: Path) -> bool:
-    """Whether an open file still has this name: the one who had the lock before removed it at the end."""
-    try:
+    """Whether an open file still has this name: the process that had the lock before removed it at its end."""
+    with suppress(OSError):
         return os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), os.stat(name))
-    except OSError:
-        return False
+    return False

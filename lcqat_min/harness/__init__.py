@@ -1,5 +1,6 @@
 """Text, models, evaluation and the comparison: what all methods are measured with."""
 
+from .code_stats import CodeStats, code_stats, indices_of
 from .compare import ARMS, Budget, Lab, start
 from .evaluate import Perplexity, kl_to, perplexity, perplexity_and_kl
 from .models import BUNDLED, choose_device, load
@@ -11,6 +12,7 @@ __all__ = [
     "ARMS",
     "BUNDLED",
     "Budget",
+    "CodeStats",
     "Lab",
     "Perplexity",
     "Splits",
@@ -18,6 +20,8 @@ __all__ = [
     "by_arm",
     "caption",
     "choose_device",
+    "code_stats",
+    "indices_of",
     "kl_to",
     "load",
     "load_text",

@@ -29,9 +29,13 @@ from torch import Tensor, nn
 from ..language_model import longest_window
 from ..packing.convert import to_storage_precision
 from ..packing.size import bits_per_weight
-from ..ptq.matrix import QuantConfig
+from ..ptq.lcqat import LCQAT
+from ..ptq.method import Method
 from ..ptq.model import quantize
-from ..qat.loop import TrainConfig, train
+from ..qat.config import TrainConfig
+from ..qat.loop import train
+from ..systems.free_vq import FreeVQ
+from ..systems.lsq import LSQ
 from .evaluate import perplexity_and_kl
 from .generate import continue_prompt
 from .text import Splits, batches, sample_windows
@@ -43,52 +47,51 @@ class Arm:
 
     name: str
     what: str
-    quant: QuantConfig | None
+    quant: Method | None
     rates: dict[str, float] | None = None
     teacher: bool = True
 
 
-_SQ = QuantConfig(codebook="step", rotate="none")
-_LCQAT = QuantConfig(codebook="planes", rotate="both")
+_SCALAR = LCQAT(codebook="scalar", rotate="none")
 
 ARMS = (
     Arm("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
-    Arm("rtn", "scalar, rounded plainly", replace(_SQ, codebook="scalar", feedback=False)),
-    Arm("gptq", "scalar, rounded with error feedback", replace(_SQ, codebook="scalar")),
+    Arm("rtn", "scalar, rounded plainly", replace(_SCALAR, feedback=False)),
+    Arm("gptq", "scalar, rounded with error feedback", _SCALAR),
     Arm(
         "sq-paretoq",
         "scalar QAT from its published start: step = row maximum / 2",
-        replace(_SQ, feedback=False, scale="max"),
+        LSQ(feedback=False, scale="max"),
         {"lr_latents": 0.003, "lr_scales": 0.01, "lr_codebooks": 0.01},
     ),
     Arm(
         "sq",
         "scalar QAT from the start with error feedback",
-        _SQ,
+        LSQ(),
         {"lr_latents": 0.003, "lr_scales": 0.001, "lr_codebooks": 0.001},
     ),
     Arm(
         "lcqat-release",
         "scalar grid, rotated, frozen codebook, DGE gradient",
-        replace(_LCQAT, codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True),
+        LCQAT(codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True),
         {"lr_latents": 0.003, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "lcqat-paper",
         "4-D integer lattice, rotated, A and b learned",
-        replace(_LCQAT, codebook="lattice"),
+        LCQAT(codebook="lattice"),
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "lcqat-planes",
         "untied bit-planes, rotated, A and b learned",
-        _LCQAT,
+        LCQAT(),
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Arm(
         "free-vq",
         "256-entry table, rotated, codes frozen, table learned",
-        replace(_LCQAT, codebook="table"),
+        FreeVQ(),
         {"lr_scales": 0.002, "lr_codebooks": 0.002},
     ),
 )
@@ -142,7 +145,7 @@ def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:
     """A copy of the unquantized model, quantized as the arm says and not yet trained, in the precision of its file."""
     model = copy.deepcopy(lab.teacher)
     if arm.quant is not None:
-        quantize(model, lab.calibration(seed), replace(arm.quant, seed=seed))
+        quantize(model, lab.calibration(seed), arm.quant, seed=seed)
         to_storage_precision(model)
     return model
 

@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import unpack_bits
-from ..codebook.lloyd import Codebook
+from ..codebook.matrix import Codebook
 
-WORKSPACE = 1 << 22  # bytes of decoded weights at a time: they stay in the cache, and chunks are few
+WORKSPACE = 1 << 23  # bytes of decoded weights at a time: they stay in the cache, and parts are few
 
 
 def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:
     """D h: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
     rows = max(1, WORKSPACE // (4 * h.shape[1]))
-    return torch.cat([h @ decode(part, book, h.shape[1]).T for part in codes.split(rows)], dim=1)
+    return torch.cat([decode(part, book, h.shape[1]) @ h.T for part in codes.split(rows)]).T
 
 
 def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:

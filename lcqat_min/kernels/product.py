@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
-from ..codebook.lloyd import Codebook
+from ..codebook.matrix import Codebook
 from .decode import by_decoding, byte_table, decode
 from .fold import by_compiled_planes, by_planes, by_signs
 

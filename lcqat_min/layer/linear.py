@@ -1,29 +1,32 @@
 """The layer: a linear map whose weight is decoded from codes on every forward pass, and trains end to end.
 
     y = x W_hat^T + bias
-    W_hat = s_out * H_out [ r * decode(codes) ] H_in * s_in * c
+    W_hat = s_out * H_out [ r * D ] H_in * s_in * c
 
-    decode   per vector of d weights along the inputs: A q + b, or T[index]         (codebook/affine.py)
+    D        decoded weights: A q + b for each vector of d weights along the inputs      (codebook/affine.py)
     r        row_scale [out], in the basis of the codes; learned
-    H, s     block-Hadamard matrices and fixed random signs; absent when not rotated (layer/rotation.py)
+    H, s     block-Hadamard matrices and fixed random signs; absent when not rotated     (layer/rotation.py)
     c        col_scale [in], in the basis of the inputs; learned
 
-LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* H_out; ours sits inside, so that each row of
-codes has a scale of its own from the start. What is learned, by kind of layer:
+LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* of H_out; ours is inside, so that each row of codes has
+a scale of its own from the start.
 
-    AffineLinear  latents [out, n k / d] (fp32) round to digits q, surrogate gradient; r, c, A, b
-    StepLinear    latents [out, in] are weights; q = round(w / r): r is a learned step (LSQ; ParetoQ's grid)
-    TableLinear   codes frozen, the table learned: what a lookup leaves to train
+QuantLinear is what all layers share. A kind of layer says how its weights are decoded, which indices they stand for,
+how large one unit of each parameter is, and which settings bring it back from a file. AffineLinear is LC-QAT's: its
+latents [out, n k / d] (fp32) round to the digits q with a surrogate gradient. Other kinds are in systems/.
 
-All of rotation and scales acts on the weight, not on the activations: with many tokens a step that costs less
-time and keeps less memory (scripts/bench_cpu.py measures a step). Inputs that do not fill a last vector are
-padded with zeros, whose decoded weights are cut off. The maths runs in fp32 also under autocast; leave
-torch.set_float32_matmul_precision at its default, since "high" and "medium" round the weight as well.
+Rotation and scales act on the weight, not on the activations: with many tokens per step that costs less time and keeps
+less memory (scripts/bench_cpu.py measures a step). Inputs that do not fill a last vector are padded with zeros, whose
+decoded weights are cut off. The maths runs in fp32 also under autocast; leave torch.set_float32_matmul_precision at its
+default, since "high" and "medium" round the weight as well.
 
-Gives up: each forward writes the dense weight. For inference from packed codes that is not needed.
+Limits: each forward pass writes the dense weight. Inference from packed codes does not need that (packing/layer.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,56 +34,67 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of, index_of
-from ..codebook.matrix import Rounded
+from ..codebook.matrix import Codebook, CodedMatrix
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
+from .units import root_mean_square
 
+Signs = tuple[Tensor | None, Tensor | None]  # s_in fp32 [in], s_out fp32 [out]; None: that side is not rotated
 MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundary, so that rounding it is safe
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias and the forward pass; subclasses give `decoded()` and `codes()`."""
+    """Scales, rotation, bias, the forward pass and what a file keeps. A subclass gives the methods that raise here.
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        row_scale: Tensor,
-        bias: Tensor | None,
-        signs_in: Tensor | None,
-        signs_out: Tensor | None,
-    ):
+    coded: the codes and scales to start from. in_features: may be less than the columns of codes, which are padded.
+    signs: of the rotation, for the inputs and the outputs.
+    """
+
+    method = ""  # the name of the method that makes this kind of layer, in files and in systems/
+    learned: tuple[str, ...] = ()  # names of the codebook's parameters; layers may share them
+    has_indices = True
+
+    def __init__(self, coded: CodedMatrix, in_features: int, bias: Tensor | None, signs: Signs):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.row_scale = nn.Parameter(row_scale.float().clone())
-        self.col_scale = nn.Parameter(torch.ones(in_features, dtype=torch.float32, device=row_scale.device))
+        self.in_features, self.out_features = in_features, len(coded.scale)
+        self.row_scale = nn.Parameter(coded.scale.float().clone())
+        self.col_scale = nn.Parameter(torch.ones(in_features, dtype=torch.float32, device=coded.scale.device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.register_buffer("signs_in", signs_in)
-        self.register_buffer("signs_out", signs_out)
+        self.register_buffer("signs_in", signs[0])
+        self.register_buffer("signs_out", signs[1])
 
     def decoded(self) -> Tensor:
-        """Weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors]."""
+        """D: weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors], with gradient."""
         raise NotImplementedError
 
-    def codes(self) -> Tensor:
-        """Codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
+    def indices(self) -> Tensor:
+        """The codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
         raise NotImplementedError
+
+    def codebook(self) -> Codebook:
+        """What the indices stand for, in fp32, without gradient."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """What `from_stored` needs besides tensors, as plain JSON values."""
+        return {}
+
+    def units(self) -> dict[str, tuple[str, float]]:
+        """Parameter -> its group and the size of one unit of it, which the rates of qat/loop.py count in."""
+        return {name: ("scales", root_mean_square(getattr(self, name))) for name in ("row_scale", "col_scale")}
 
     @property
     def weight(self) -> Tensor:
         """W_hat, fp32 [out, in], with gradient."""
         if self.row_scale.dtype != torch.float32:
-            raise TypeError(
-                f"a quantized layer works in float32; its parameters are {self.row_scale.dtype}. "
-                "For speed use torch.autocast instead of model.half() or model.bfloat16()."
-            )
+            dtype = self.row_scale.dtype
+            raise TypeError(f"a quantized layer trains in float32, not {dtype}; for speed use torch.autocast instead")
         with torch.autocast(self.row_scale.device.type, enabled=False):
             W = self.decoded()[:, : self.in_features] * self.row_scale[:, None]
             if self.signs_out is not None:
                 W = unrotate(W.T, self.signs_out).T
             if self.signs_in is not None:
-                W = mix(W)
-                return W * (self.signs_in * self.col_scale)
+                return mix(W) * (self.signs_in * self.col_scale)
             return W * self.col_scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,31 +102,78 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of this layer as a file keeps them (layer/stored.py), without the bias."""
+        from ..codebook.bitstring import pack_bits
+        from .stored import halves_of, pack_signs  # for files only
+
+        book = self.codebook()
+        tensors = {"weight": pack_bits(self.indices(), book.bits)}
+        tensors |= halves_of(self.row_scale, {"col_scale": self.col_scale, **book.tensors()})
+        signs = {"signs_in": self.signs_in, "signs_out": self.signs_out}
+        return tensors | {key: pack_signs(value) for key, value in signs.items() if value is not None}
+
+    @classmethod
+    def from_stored(
+        cls, stored: Mapping[str, Tensor], in_features: int, bias: Tensor | None, **settings
+    ) -> QuantLinear:
+        """The layer of these tensors, in training again: it starts on its codes. settings: what `settings` gave."""
+        from .stored import coded_matrix_of, signs_of
+
+        layer = cls(coded_matrix_of(stored, in_features), in_features, bias, signs_of(stored, in_features), **settings)
+        layer.col_scale.data.copy_(stored["col_scale"])
+        return layer
+
+    def share_codebook(self, other: QuantLinear) -> None:
+        """Learn the codebook together with `other`, of the same kind."""
+        for name in self.learned:
+            setattr(self, name, getattr(other, name))
+
+    @torch.no_grad()
+    def to_storage_precision(self) -> None:
+        """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
+        from .stored import halves_of, row_scale_of
+
+        numbers = {name: getattr(self, name) for name in ("col_scale", *self.learned)}
+        halves = halves_of(self.row_scale, numbers)
+        self.row_scale.copy_(row_scale_of(halves))
+        for name, value in numbers.items():
+            value.copy_(halves[name])
+
     def extra_repr(self) -> str:
         sides = [side for side in ("in", "out") if getattr(self, f"signs_{side}") is not None]
         return f"in={self.in_features}, out={self.out_features}, rotated={'+'.join(sides) or 'no'}"
 
 
 class AffineLinear(QuantLinear):
-    """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels), bit-planes (2 levels)."""
+    """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels), bit-planes (2 levels).
+
+    target: fp32 [out, n], in units of the row scales: what each vector was rounded from, which the latents then keep;
+    None: they start on the codes. estimator: of the gradient (layer/surrogate.py). levels: of a digit, if not the
+    codebook's.
+    """
+
+    method = "lcqat"
+    learned = ("A", "b")
 
     def __init__(
         self,
+        coded: CodedMatrix[AffineCodebook],
         in_features: int,
-        out_features: int,
-        rounded: Rounded,
         bias: Tensor | None,
-        signs_in: Tensor | None,
-        signs_out: Tensor | None,
-        estimator: str,
-        learn_codebook: bool,
-        start_on_codes: bool,
+        signs: Signs,
+        target: Tensor | None = None,
+        estimator: str = "ste",
+        learn_codebook: bool = True,
+        levels: int | None = None,
     ):
-        super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
-        self.levels, self.estimator = rounded.codebook.levels, estimator
-        self.A = nn.Parameter(rounded.codebook.A.clone(), requires_grad=learn_codebook)
-        self.b = nn.Parameter(rounded.codebook.b.clone(), requires_grad=learn_codebook)
-        self.latent = nn.Parameter(starting_latents(rounded, start_on_codes).flatten(1))
+        super().__init__(coded, in_features, bias, signs)
+        if levels is not None:  # a file holds every codebook as planes
+            coded = replace(coded, codebook=coded.codebook.with_levels(levels))
+        self.levels, self.estimator = coded.codebook.levels, estimator
+        self.A = nn.Parameter(coded.codebook.A.clone(), requires_grad=learn_codebook)
+        self.b = nn.Parameter(coded.codebook.b.clone(), requires_grad=learn_codebook)
+        self.latent = nn.Parameter(starting_latents(coded, target).flatten(1))
 
     def digits(self) -> Tensor:
         """q, centred digits as the forward pass uses them, fp32 [out, vectors, k]."""
@@ -128,82 +189,42 @@ class AffineLinear(QuantLinear):
         return (q * self.A + self.b).flatten(1) if self.A.numel() == 1 else (q @ self.A.T + self.b).flatten(1)
 
     @torch.no_grad()
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         return index_of(self.digits(), self.levels)
 
     def codebook(self) -> AffineCodebook:
-        """The learned (A, b) as a codebook."""
         return AffineCodebook(self.A.detach(), self.b.detach(), self.levels)
 
+    def settings(self) -> dict[str, object]:
+        return {"levels": self.levels, "estimator": self.estimator, "learn_codebook": self.A.requires_grad}
 
-class StepLinear(QuantLinear):
-    """Four uniform levels and a learned step a row: q = clip(round(w / r + 3/2), 0, 3) - 3/2, w_hat = r q.
+    def units(self) -> dict[str, tuple[str, float]]:
+        """A bin is 1 wide on a grid of four levels and 2 from -1 to +1. b starts near zero, so A is its measure."""
+        size = root_mean_square(self.A)
+        bin_width = 2.0 if self.levels == 2 else 1.0
+        return super().units() | {"latent": ("latents", bin_width), "A": ("codebooks", size), "b": ("codebooks", size)}
 
-    Autograd with the clipped straight-through gradient gives LSQ's d w_hat / d r = q - w/r inside the grid
-    and +-3/2 outside. In ParetoQ's units (arXiv 2502.02631, SEQ) alpha = 2 r: levels +-alpha/4, +-3 alpha/4.
+
+def starting_latents(coded: CodedMatrix[AffineCodebook], target: Tensor | None = None) -> Tensor:
+    """Latents that round to `coded.index`: fp32 [out, vectors, k], in bins (4 levels: 0..3; 2: -1, +1).
+
+    target None: exactly on the digits, as in LC-QAT's release. Otherwise each latent also keeps what rounding lost.
+    With the residual e = target - w_hat, flipping bit q_k changes the squared error by
+    4 |a_k|^2 q_k (q_k + a_k^T e / |a_k|^2), so  v = q + A^T e / |a|^2  is a bit's margin: q_k v_k is 0 where a flip
+    would cost nothing and 1 where the target lies on the codeword. For a scalar grid v is the unrounded weight in bins.
+    Both only as far as the bin reaches: v stays inside, so that it rounds to its code.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rounded: Rounded,
-        bias: Tensor | None,
-        signs_in: Tensor | None,
-        signs_out: Tensor | None,
-    ):
-        super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
-        self.latent = nn.Parameter((starting_latents(rounded).flatten(1) - 1.5) * rounded.scale[:, None])
-
-    def decoded(self) -> Tensor:
-        return round_to_levels(self.latent / self.row_scale[:, None] + 1.5, 3, "clipped") - 1.5
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        return index_of(self.decoded()[..., None], 4)
-
-
-class TableLinear(QuantLinear):
-    """w_hat = table[index], codes frozen. The table may be shared by layers (pass the same Parameter)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rounded: Rounded,
-        bias: Tensor | None,
-        signs_in: Tensor | None,
-        signs_out: Tensor | None,
-        table: nn.Parameter,
-    ):
-        super().__init__(in_features, out_features, rounded.scale, bias, signs_in, signs_out)
-        self.table = table
-        self.register_buffer("index", rounded.index.to(torch.int32))
-
-    def decoded(self) -> Tensor:
-        return F.embedding(self.index, self.table.to(self.index.device)).flatten(1)
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        return self.index.long()
-
-
-def starting_latents(rounded: Rounded, on_codes: bool = False) -> Tensor:
-    """Latents that round to `rounded.index`: fp32 [out, vectors, k], in bins (4 levels: 0..3; 2: -1, +1).
-
-    on_codes: exactly on the digits, as LC-QAT's release does. Otherwise each latent also keeps what rounding
-    threw away. With the residual e = target - w_hat, flipping bit q_k changes the squared error by
-    4 |a_k|^2 q_k (q_k + a_k^T e / |a_k|^2), so  v = q + A^T e / |a|^2  is a bit's margin: q_k v_k is 0 where
-    a flip would cost nothing and 1 where the target sits on the codeword. For a scalar grid v is the
-    unrounded weight in bins. Both as far as the bin reaches: v stays inside, so that it rounds to its code.
-    """
-    book = rounded.codebook
-    k = book.A.shape[1]
-    q = digits_of(rounded.index, k, book.levels)
+    book = coded.codebook
+    q = digits_of(coded.index, book.A.shape[1], book.levels)
     centre = 0.0 if book.levels == 2 else (book.levels - 1) / 2
-    if on_codes:
+    if target is None:
         return q + centre
     half_bin = (1.0 if book.levels == 2 else 0.5) * (1 - MARGIN)
-    e = rounded.target.view(*rounded.index.shape, book.dim) - book.decode(rounded.index)
+    e = target.view(*coded.index.shape, book.dim) - book.decode(coded.index)
     norm = book.A.square().sum(0).clamp(min=1e-12)  # a matrix of zeros is fitted by columns of zeros
     return q + centre + (e @ book.A / norm).clamp(-half_bin, half_bin)
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Names and modules of the quantized layers in training."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))

@@ -1,177 +1,128 @@
-"""Write a model's folder whole or not at all: a save that fails, or is killed, costs no older model.
+"""Write a model's folder whole or not at all: a save that fails, or is killed, loses nothing that was there before.
 
-Files are written in folder/SAVING and then renamed into the folder, where config.json is the switch: without it nothing
-loads, so it is the first to go and the last to come. What is replaced lies in folder/BEFORE meanwhile. The next save
-begins by clearing up after one that was killed: it finishes what was switched already, and undoes the rest.
+    1  write everything to <folder>.saving
+    2  rename <folder>, if it exists, to <folder>.before-save
+    3  rename <folder>.saving to <folder>
+    4  move the user's own files from <folder>.before-save to <folder>, and delete the rest
 
-Only a model's own files are touched: its weights, its configuration, code that came with it and a README.md that begins
-with TITLE. Files that prepare its inputs (PROCESSOR) are added where the folder has none.
+A save that was killed between 2 and 3 leaves no <folder>, but both models whole; the next save renames the old one
+back before it begins. After a kill in step 4 the next save finishes the step. A lock keeps other processes away.
+
+The model's own files are MODEL_FILES, code that came with the model, and a README.md that begins with TITLE. All
+others are the user's (a tokenizer, checkpoints, a README.md with another title). The files of a processor, which
+prepares images, sound and chats, are copied from where the model was loaded if the folder has none.
+
+Limits: between steps 2 and 3 a reader finds no folder for a moment. The folder can be neither the current one nor a
+mount point, since these cannot be renamed, and its parent must be writable.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..disk.locks import alone
 from ..disk.tensor_file import save_tensors
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # says which of several files holds which tensor
-SHARD = "5GB"  # of tensors in a file; more are written as several files
-SAVING, BEFORE, MOVED = ".saving", ".before-save", ".moved-out"
+SHARD_SIZE = "5GB"  # of tensors in one file; more are written to several files
 TITLE = "# A model packed by lcqat-min"
-PROCESSOR = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+MODEL_FILES = re.compile(r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def write_folder(
-    model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype, complete: Callable[[Path], None]
-) -> None:
-    """Write configuration and `tensors` of a transformers model; `complete` may add files and change them.
+def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, readme: str = "") -> None:
+    """Write `tensors` and, from a transformers `model`, its configuration, generation settings and code.
 
-    dtype: to load it in. complete(part): part is where they lie before they are moved in. ValueError, before
-    anything is written, for a file or a folder of something else, and while another process saves there.
+    ValueError, before anything is written, for a file, the current folder or a folder of something else, and while
+    another process saves there.
     """
     folder = folder.expanduser().resolve()
-    is_model = (folder / "config.json").is_file() or (folder / BEFORE).is_dir()
-    if (
-        folder.is_file()
-        or folder.is_dir()
-        and not is_model
-        and any(not file.name.startswith(SAVING) for file in folder.iterdir())
-    ):
-        raise ValueError(f"{folder} is no folder of a model (no config.json): give a new or an empty one")
-    is_new = not folder.exists()
-    try:
-        with alone(folder / SAVING):
-            _clear_up(folder)
-            part = folder / SAVING
-            part.mkdir()
-            try:
-                _write_description(model, part, dtype)
-                _copy_processor(model, part, folder)
-                _write_tensors(tensors, part)
-                complete(part)
-                _move_in(part, folder)
-            finally:
-                _clear_up(folder)
-    finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    saving, before = (folder.with_name(folder.name + end) for end in (".saving", ".before-save"))
+    is_new = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    if folder == Path.cwd() or not is_new and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is the current folder, or has no config.json of a model: give a new or empty one")
+    with alone(saving):
+        _clear_up(folder, saving, before)
+        try:
+            saving.mkdir()
+            _write_description(model, saving)
+            _copy_processor(model.config, saving, folder)
+            _write_tensors(tensors, saving)
+            if readme:
+                (saving / "README.md").write_text(f"{TITLE}\n{readme}", encoding="utf-8")
+            if folder.exists():
+                folder.rename(before)
+            saving.rename(folder)
+        finally:
+            _clear_up(folder, saving, before)
 
 
-def _write_description(model: nn.Module, part: Path, dtype: torch.dtype) -> None:
-    """Configuration, generation settings and code, if it came with the model: as save_pretrained writes them, but
-    settings that it refuses to write are written as they are. They must not cost the weights."""
+def _clear_up(folder: Path, saving: Path, before: Path) -> None:
+    """If a replacement of `folder` was begun, finish it or, if the new model is not in its place, undo it."""
+    if before.is_dir():
+        with suppress(OSError):
+            folder.rmdir()  # only an empty one, which was made after a save was killed
+        if not folder.exists():
+            before.rename(folder)
+        else:
+            for file in before.iterdir():
+                new = folder / file.name
+                if _is_users(file) and (file.is_dir() or not new.exists() or not _is_users(new)):
+                    file.replace(new)
+            shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(saving, ignore_errors=True)
+
+
+def _is_users(file: Path) -> bool:
+    if file.name == "README.md":
+        return not file.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+    return not MODEL_FILES.fullmatch(file.name)
+
+
+def _write_description(model: nn.Module, saving: Path) -> None:
+    """As save_pretrained does, but settings that it refuses to write must not cost the weights."""
     from transformers.dynamic_module_utils import custom_object_save
 
-    config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], dtype
-    config.__dict__.pop("transformers_weights", None)  # another name of the original's file
-    for own in (model, config):
-        if getattr(own, "_auto_class", None) is not None:
-            custom_object_save(own, part, config)
-    config.to_json_file(part / "config.json")
-    if (settings := getattr(model, "generation_config", None)) is not None:
-        try:
-            settings.to_json_file(part / "generation_config.json")
-            type(settings).from_pretrained(part)
-        except Exception as error:  # of whatever kind: with this file the model would not load
-            (part / "generation_config.json").unlink(missing_ok=True)
-            warnings.warn(
-                f"model.generation_config is not saved, as it could not be read again ({error}): mend it and "
-                "call its save_pretrained",
-                stacklevel=2,
-            )
+    for own in (model, model.config):
+        if own._auto_class is not None:
+            custom_object_save(own, saving, model.config)
+    model.config.to_json_file(saving / "config.json")
+    file, settings = saving / "generation_config.json", getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.to_json_file(file)
+            type(settings).from_pretrained(saving)
+    except Exception as error:  # of any kind: with this file the model would not load
+        file.unlink(missing_ok=True)
+        warnings.warn(
+            f"generation_config is not saved ({error}): correct it and call its save_pretrained", stacklevel=2
+        )
 
 
-def _copy_processor(model: nn.Module, part: Path, folder: Path) -> None:
-    """Copy what prepares images, sound and chats from where the model was loaded, as far as `folder` lacks it."""
-    from huggingface_hub import try_to_load_from_cache
+def _copy_processor(config: object, saving: Path, folder: Path) -> None:
+    from transformers.utils.hub import cached_file
 
-    origin = model.config.name_or_path
-    for name in PROCESSOR if origin else ():
-        try:
-            found = Path(origin) / name
-            if not Path(origin).is_dir():
-                found = try_to_load_from_cache(origin, name, revision=getattr(model.config, "_commit_hash", None))
-            if isinstance(found, (str, Path)) and Path(found).is_file() and not (folder / name).exists():
-                shutil.copyfile(found, part / name)
-        except ValueError:  # neither a folder that is still there nor a name of the hub
-            return
-        except OSError as error:
-            warnings.warn(f"{name} of {origin} is not saved beside the model ({error}): copy it", stacklevel=2)
+    with suppress(OSError):  # of an original that is no longer there, or was made in memory
+        revision = getattr(config, "_commit_hash", None)
+        origin = Path(cached_file(config.name_or_path, "config.json", revision=revision, local_files_only=True)).parent
+        for file in (*origin.glob("*processor_config.json"), *origin.glob("chat_template.*")):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, saving / file.name)
 
 
-def _write_tensors(tensors: dict[str, Tensor], part: Path) -> None:
-    """Write one file, or several and their index where it would exceed SHARD; on the CPU is one at a time."""
+def _write_tensors(tensors: dict[str, Tensor], saving: Path) -> None:
+    """Write one file, or several and the index that says which of them holds which tensor."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
-    )
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
-        save_tensors({key: tensors[key] for key in keys}, part / name, {"format": "pt"})
+        save_tensors({key: tensors[key] for key in keys}, saving / name, {"format": "pt"})
+        (saving / f"{name}.lock").unlink(missing_ok=True)  # Windows keeps it (disk/locks.py)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _move_in(part: Path, folder: Path) -> None:
-    """Rename the files of `part` into `folder`, and what they replace into folder/BEFORE."""
-    readme = folder / "README.md"
-    if readme.is_file() and not _is_ours(readme):
-        (part / "README.md").unlink(missing_ok=True)
-    new = [file.name for file in part.iterdir() if file.suffix != ".lock"]  # Windows keeps those of disk/locks.py
-    ours = {*new, *_weight_files(folder), *(["README.md"] if _is_ours(readme) else [])}
-    (folder / BEFORE).mkdir()
-    for name in sorted(ours, key=_config_last, reverse=True):
-        if (folder / name).is_file():
-            os.replace(folder / name, folder / BEFORE / name)
-    (part / MOVED).write_text(json.dumps(new), encoding="utf-8")
-    for name in sorted(new, key=_config_last):
-        os.replace(part / name, folder / name)
-
-
-def _clear_up(folder: Path) -> None:
-    """Remove what a save leaves, whether it came to its end or not. Once all was moved out and a config.json is in its
-    place, all else is, too; short of that, what was moved in goes and what was moved out comes back."""
-    before, part = folder / BEFORE, folder / SAVING
-    moved = part / MOVED
-    if before.is_dir() and moved.is_file() and (folder / "config.json").is_file():
-        os.replace(before, part / BEFORE)
-    elif before.is_dir():
-        for name in json.loads(moved.read_text(encoding="utf-8")) if moved.is_file() else ():
-            (folder / name).unlink(missing_ok=True)
-        moved.unlink(missing_ok=True)  # from here on the files of these names are the old ones
-        for file in sorted(before.iterdir(), key=lambda file: _config_last(file.name)):
-            os.replace(file, folder / file.name)
-        before.rmdir()
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def _config_last(name: str) -> tuple[bool, str]:
-    return name == "config.json", name
-
-
-def _weight_files(folder: Path) -> set[str]:
-    """Names of the weights of the model in `folder`; other tensor files (adapters, checkpoints) are not ours."""
-    return {WEIGHTS, INDEX, *(file.name for file in folder.glob("model-?????-of-?????.safetensors"))}
-
-
-def _is_ours(readme: Path) -> bool:
-    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+        (saving / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,102 +1,78 @@
 """Let transformers read packed folders: after `import lcqat_min.hf`, from_pretrained gives the packed model.
 
     import lcqat_min.hf
-    model = AutoModelForCausalLM.from_pretrained(folder)         # what lcqat_min.pack.save_packed wrote
+    model = AutoModelForCausalLM.from_pretrained(folder)         # a folder that save_packed wrote
 
-transformers looks up `quant_method` of config.json in a registry. This file enters two small classes
-there, through the public decorators: one holds the settings, the other puts empty PackedLinear layers in
-the place of the linear ones, which transformers then fills by name. So generate, pipelines and evaluation
-harnesses work as with any other model.
+transformers looks up `quant_method` of config.json in a registry. This file enters two small classes there, through the
+public decorators: one holds the settings, the other replaces the linear layers by empty PackedLinear layers, which
+transformers then fills by name. So generate, pipelines and evaluation harnesses work as with any other model.
 
-A model with another head, or none, gets the layers that it shares with the one that was saved.
+A model with another head, or without a head, gets the layers that it shares with the saved one.
 
-num_parameters() counts weights, as it did before quantization; `bits_per_weight(model)` counts bits.
-
-Limits: no saving through save_pretrained (it would not renew the digest): use save_packed. No training of
-packed layers: load_packed(folder, trainable=True) gives trainable ones.
+Limits: no saving through save_pretrained: use save_packed. No training of packed layers: load_packed(folder,
+trainable=True) gives trainable ones. num_parameters() does not count packed weights: bits_per_weight(model) does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..ptq.model import METHOD
-from .files import swap
-from .format import check
-from .layer import Form, PackedLinear, share_tables
+from ..ptq.model import QUANT_METHOD
+from .format import check_tensors, declared_specs
+from .layer import PackedLinear, PackedSpec, share_codebooks
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json, kept as it was read: version, layers, sha256."""
+    """`quantization_config` of config.json, kept as it was read: version, layers."""
 
     def __init__(self, **settings):
-        self.__dict__ |= {"quant_method": METHOD, **settings}
+        self.__dict__ |= {"quant_method": QUANT_METHOD, **settings}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Checks the file against its declared layout, then prepares the model for it."""
+    """Checks the files against what their configuration declares, then prepares the model for them."""
 
-    requires_calibration = True  # transformers then refuses to quantize a model on the fly with this method
+    requires_calibration = True  # so transformers refuses to quantize a model with this method while it loads it
+    is_trainable = False
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: object
+        self, model: nn.Module, checkpoint_files: list[str], **kwargs: object
     ) -> None:
-        if not checkpoint_files:
-            raise ValueError("a packed model needs its model.safetensors: give from_pretrained the folder")
-        forms = check([Path(file) for file in checkpoint_files], self.quantization_config.to_dict())
-        layers = {name: PackedLinear(form, name) for name, form in _shared(forms, model).items()}
-        share_tables(layers)
-        swap(model, layers)
+        files = [Path(file) for file in checkpoint_files]
+        specs = declared_specs(self.quantization_config.to_dict(), files[0].parent)
+        check_tensors(files, specs)
+        layers = {name: PackedLinear(spec, name) for name, spec in _shared(specs, model).items()}
+        share_codebooks(layers)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
-        model.num_parameters = MethodType(num_parameters, model)
         return model.requires_grad_(False)  # else a forward pass outside no_grad would keep every decoded weight
 
-    def remove_quantization_config(self, model: nn.Module) -> None:
-        """For a model whose layers are packed no more."""
-        super().remove_quantization_config(model)
-        vars(model).pop("num_parameters", None)
-
     def _dequantize(self, model: nn.Module, **kwargs: object) -> nn.Module:
-        raise NotImplementedError(
-            "a packed model is not unpacked in place: lcqat_min.pack.export_dense(model, folder) "
-            "writes plain weights, load_packed(folder, trainable=True) gives layers to train"
-        )
+        raise NotImplementedError("use export_dense(model, folder), or load_packed(folder, trainable=True)")
 
     def is_serializable(self) -> bool:
-        get_logger(__name__).warning("a packed model is saved by lcqat_min.pack.save_packed(model, folder)")
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
+        get_logger(__name__).warning("a packed model is saved by lcqat_min.packing.save_packed(model, folder)")
         return False
 
 
-def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """What transformers counts, and the packed weights, which are buffers."""
-    packed = (layer for layer in model.modules() if isinstance(layer, PackedLinear) and not only_trainable)
-    return type(model).num_parameters(model, only_trainable, exclude_embeddings) + sum(
-        layer.in_features * layer.out_features for layer in packed
-    )
-
-
-def _shared(forms: dict[str, Form], model: nn.Module) -> dict[str, Form]:
-    """The layers that `model` has, too, by its own names: those of a model with a head have one prefix more."""
+def _shared(specs: dict[str, PackedSpec], model: nn.Module) -> dict[str, PackedSpec]:
+    """Specs of the layers that `model` has too, by its own names: with a head they have one more prefix."""
     prefix = f"{model.base_model_prefix}."
     has = {name for name, _ in model.named_modules()}
-    names = {name: own for name in forms for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
-    if not names or any(form.owner and form.owner not in names for name, form in forms.items() if name in names):
+    names = {name: own for name in specs for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
+    if not names or any(spec.owner and spec.owner not in names for name, spec in specs.items() if name in names):
         raise ValueError(
-            f"{type(model).__name__} lacks layers of the packed model, as {next(iter(forms))!r}: load it "
-            "with the class that config.json names under `architectures`"
+            f"{type(model).__name__} lacks layers of the packed model, such as {next(iter(specs))!r}: load it with the "
+            "class that config.json names under `architectures`"
         )
-    return {own: replace(forms[name], owner=names.get(forms[name].owner, "")) for name, own in names.items()}
+    return {own: replace(specs[name], owner=names.get(specs[name].owner, "")) for name, own in names.items()}

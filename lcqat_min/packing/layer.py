@@ -1,81 +1,53 @@
 """The packed layer: codes as bytes, side data as 16-bit floats, and never a whole dense weight.
 
-    weight      uint8 [out, bytes]   codes: each row is one big-endian bit string of m-bit indices, padded
-                                     with zeros to a whole byte
-    A, b        fp16 [d, k], [d]     or table fp16 [2^m, d], which layers may share
-    row_scale   fp16 [out]           r, times 2^exponent
-    col_scale   fp16 [in]            c
-    signs_in    uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as the codes are; only on
-    signs_out   uint8 [out / 8]      sides that are rotated
+    y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias        D = decode(codes) [out, in]
 
-So at 2 bits a byte holds four weights, whether d is 1, 2 or 4, the first in the highest bits; with d = 8 a
-vector is two bytes. That a row starts on a byte costs it at most 7 bits.
-
-In training the dense weight is decoded, rotated and scaled (layer/linear.py). Here the activations are, which is
-the same map, with D = decode(codes) [out, in] never whole on a CPU (kernels/product.py):
-
-    y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias
-
-Everything is computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training
-gave to about six digits. On GPUs, products of many rows in half precision are the exception
-(kernels/product.py).
+In training the dense weight is decoded, rotated and scaled (layer/linear.py). Here the activations are, which is the
+same map; how D is multiplied is the choice of kernels/. The tensors are those of layer/stored.py. Everything is
+computed in fp32, whatever the dtype of x. Rounding in another order, it gives what training gave to about six digits.
+On GPUs, products of many rows in half precision are the exception.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..cached_tensors import made_once
-from ..codebook.affine import AffineCodebook, scalar
 from ..codebook.bitstring import unpack_bits
-from ..codebook.lloyd import Codebook
-from ..codebook.table import TableCodebook
+from ..codebook.matrix import Codebook
 from ..kernels.product import product
 from ..layer.rotation import rotate, unrotate
-
-
-@made_once
-def _byte_signs(device: torch.device) -> Tensor:
-    """The eight signs in every byte, fp32 [256, 8]: -1 for 0, +1 for 1."""
-    return (2 * unpack_bits(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 1, 8) - 1).float()
+from ..layer.stored import codebook_from, row_scale_of, unpack_signs
 
 
 @dataclass(frozen=True)
-class Form:
-    """All that is known of a packed layer but its numbers: what a file's configuration says of it.
+class PackedSpec:
+    """All that is known of a packed layer except its numbers: what a file's configuration says of it.
 
-    kind: affine | step | table. dim: d. bits: m. levels: of a digit, 0 for a table. exponent: of the row
-    scales. owner: name of the layer that stores the table. estimator, learn_codebook: for further training.
+    method: its name in systems/. inputs, outputs: of the linear map. dim: d. bits: m, of an index. codebook: shapes of
+    its tensors by name. owner: name of the layer that stores them, if several layers share them. settings: what the
+    method's layer needs to train again.
     """
 
-    kind: str
+    method: str
     inputs: int
     outputs: int
     dim: int
     bits: int
-    levels: int
+    codebook: dict[str, list[int]]
     rotate_in: bool
     rotate_out: bool
     bias: bool
-    exponent: int = 0
     owner: str = ""
-    estimator: str = "ste"
-    learn_codebook: bool = True
+    settings: dict[str, object] = field(default_factory=dict)
 
     @property
     def vectors(self) -> int:
         """Vectors in a row; the last one may reach beyond the inputs."""
         return -(-self.inputs // self.dim)
-
-    @property
-    def digits(self) -> int:
-        """k, digits in an index; 0 for a table."""
-        return self.bits // (self.levels.bit_length() - 1) if self.levels else 0
 
     def tensors(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every packed tensor that the layer `name` stores itself."""
@@ -83,71 +55,66 @@ class Form:
         layout = {
             "weight": (torch.uint8, (self.outputs, -(-self.vectors * self.bits // 8))),
             "row_scale": (half, (self.outputs,)),
+            "unit": (torch.bfloat16, (1,)),
             "col_scale": (half, (self.inputs,)),
         }
-        if self.kind == "affine":
-            layout |= {"A": (half, (self.dim, self.digits)), "b": (half, (self.dim,))}
-        if self.kind == "table" and self.owner == name:
-            layout["table"] = half, (1 << self.bits, self.dim)
-        if self.rotate_in:
-            layout["signs_in"] = torch.uint8, (-(-self.inputs // 8),)
-        if self.rotate_out:
-            layout["signs_out"] = torch.uint8, (-(-self.outputs // 8),)
-        return layout
+        if self.owner in ("", name):
+            layout |= {key: (half, tuple(shape)) for key, shape in self.codebook.items()}
+        widths = {"signs_in": self.inputs * self.rotate_in, "signs_out": self.outputs * self.rotate_out}
+        return layout | {key: (torch.uint8, (-(-width // 8),)) for key, width in widths.items() if width}
 
 
 class PackedLinear(nn.Module):
-    """A linear map stored as `form.tensors(name)`, for inference: nothing in it is trained.
+    """A linear map stored as `spec.tensors(name)`, for inference: nothing in it is trained.
 
     `PackedLinear.compiled = True`, for all or for one: on CPUs, products of few rows go through torch.compile.
 
-    The codes go by the name `weight`, so that a loader that expects a dense weight stops at its shape instead
-    of filling in random numbers. `share_tables` completes layers with tables, all of a model together.
+    The packed codes have the name `weight`, so that a loader that expects a dense weight stops at its shape instead of
+    filling in random numbers. `share_codebooks` completes layers that share theirs, all of a model together.
     """
 
     compiled = False
+    has_indices = True
 
-    def __init__(self, form: Form, name: str = ""):
+    def __init__(self, spec: PackedSpec, name: str = ""):
         super().__init__()
-        self.form, self.in_features, self.out_features = form, form.inputs, form.outputs
-        for key, (dtype, shape) in form.tensors(name).items():
+        self.spec, self.in_features, self.out_features = spec, spec.inputs, spec.outputs
+        for key, (dtype, shape) in spec.tensors(name).items():
             self.register_buffer(key, torch.zeros(shape, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(form.outputs), requires_grad=False) if form.bias else None
-        self.owner: tuple[PackedLinear, ...] = ()  # who stores the table; a tuple, so no submodule
+        self.bias = nn.Parameter(torch.zeros(spec.outputs), requires_grad=False) if spec.bias else None
+        self.owner: tuple[PackedLinear, ...] = (self,)  # who stores the codebook; a tuple, so no submodule
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Moves to a device follow the model; casts leave what is stored as fp16 alone (seen as int16)."""
-        return super()._apply(
-            lambda t: (
-                fn(t)
-                if isinstance(t, nn.Parameter) or not t.is_floating_point()
-                else fn(t.view(torch.int16)).view(t.dtype)
-            ),
-            recurse,
-        )
+        """Moves to a device follow the model; casts leave what is stored as 16-bit floats alone (seen as int16)."""
+
+        def move(t: Tensor) -> Tensor:
+            stored_as_float = t.is_floating_point() and not isinstance(t, nn.Parameter)
+            return fn(t.view(torch.int16)).view(t.dtype) if stored_as_float else fn(t)
+
+        return super()._apply(move, recurse)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as a file keeps them, without the bias; those of a shared codebook too."""
+        book = {key: getattr(self.owner[0], key).to(self.weight.device) for key in self.spec.codebook}
+        return dict(self.named_buffers()) | book
 
     def codebook(self) -> Codebook:
         """The codebook in fp32."""
-        device = self.weight.device
-        if self.form.kind == "step":
-            return scalar().to(device)
-        if self.form.kind == "table":
-            return TableCodebook(self.owner[0].table.float().to(device))
-        return AffineCodebook(self.A.float(), self.b.float(), self.form.levels)
+        return codebook_from(self.stored())
 
-    def codes(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Codebook index of every vector, int64 [out, vectors]."""
-        return unpack_bits(self.weight, self.form.bits, self.form.vectors)
+        return unpack_bits(self.weight, self.spec.bits, self.spec.vectors)
 
     def scale(self) -> Tensor:
         """Row scales r, fp32 [out]."""
-        return self.row_scale.float() * 2.0**self.form.exponent
+        return row_scale_of({"row_scale": self.row_scale, "unit": self.unit})
 
     def signs(self, side: str) -> Tensor | None:
         """-1 and +1, fp32 [in] or [out], for side "in" or "out"; None where it is not rotated."""
         packed = getattr(self, f"signs_{side}", None)
-        width = self.form.inputs if side == "in" else self.form.outputs
-        return None if packed is None else F.embedding(packed.int(), _byte_signs(packed.device)).flatten()[:width]
+        width = self.in_features if side == "in" else self.out_features
+        return None if packed is None else unpack_signs(packed, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias: x [..., in] -> [..., out] in the dtype of x.
@@ -166,20 +133,18 @@ class PackedLinear(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         if not x.is_floating_point():
-            raise TypeError(
-                f"PackedLinear: x is {x.dtype}. The model casts the inputs of this layer to weight.dtype, but "
-                "the weight of a packed layer is its packed codes: name it in QuantConfig.skip and quantize again."
-            )
+            why = "The model casts to weight.dtype, but the weight of a packed layer is its packed codes"
+            raise TypeError(f"PackedLinear: x is {x.dtype}. {why}: quantize again, with this layer in `skip`.")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"PackedLinear: x has {x.shape[-1]} features; this layer takes {self.in_features}.")
 
     def extra_repr(self) -> str:
-        form = self.form
-        return f"in={form.inputs}, out={form.outputs}, {form.kind}, d={form.dim}, {form.bits} bits a vector"
+        spec = self.spec
+        return f"in={spec.inputs}, out={spec.outputs}, {spec.method}, d={spec.dim}, {spec.bits} bits per vector"
 
 
-def share_tables(layers: dict[str, PackedLinear]) -> None:
-    """Point every table layer at the one that stores its table. layers: all of a model, by name."""
+def share_codebooks(layers: dict[str, PackedLinear]) -> None:
+    """Point every layer at the one that stores its codebook. layers: all of a model, by name."""
     for layer in layers.values():
-        if layer.form.kind == "table":
-            layer.owner = (layers[layer.form.owner],)
+        if layer.spec.owner:
+            layer.owner = (layers[layer.spec.owner],)

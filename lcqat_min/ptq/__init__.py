@@ -1,25 +1,29 @@
-"""Post-training quantization: quantize(model, batches), the start of training."""
+"""Post-training quantization: quantize(model, batches, method), the start of training."""
 
-from .ldlq import Rounded, feedback_round, plain_round, proxy_loss, refit, round_matrix, row_scales
-from .matrix import QuantConfig, normal_codebook
-from .model import quant_layers, quantize, weight_of
+from .lcqat import LCQAT, normal_codebook
+from .ldlq import Rounded, ldlq_round, plain_round, proxy_loss, refit, round_matrix, row_scales
+from .matrix import round_layer
+from .method import Method
+from .model import LayerReport, quantize, weight_of
 from .moments import Factor, Moments, factorize, second_moments
 from .select import linear_layers
 
 __all__ = [
     "Factor",
+    "LCQAT",
+    "LayerReport",
+    "Method",
     "Moments",
-    "QuantConfig",
     "Rounded",
     "factorize",
-    "feedback_round",
+    "ldlq_round",
     "linear_layers",
     "normal_codebook",
     "plain_round",
     "proxy_loss",
-    "quant_layers",
     "quantize",
     "refit",
+    "round_layer",
     "round_matrix",
     "row_scales",
     "second_moments",

@@ -2,7 +2,7 @@
 
 With the second moments H of a layer's inputs (ptq/moments.py), the mean squared change of its output is the proxy loss
 
-    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )          one term a row: rows do not interact
+    loss(W_hat) = tr( (W_hat - W) H (W_hat - W)^T )          one term per row: rows do not interact
 
 Plain rounding ignores that errors in correlated inputs can cancel. Feedback rounding (LDLQ in QuIP#,
 OPTQ/GPTQ for vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lower triangular), cut it in
@@ -18,12 +18,13 @@ The sums over later columns are taken for FEEDBACK_BLOCK columns at once, so alm
 products. For each row, several scales are tried, with and without feedback, and the best is kept: feedback
 never loses to plain rounding.
 
-Gives up: the codes are found greedily, once, vector by vector.
+Limits: the codes are found greedily, once, vector by vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,14 +32,27 @@ from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
-from ..codebook.lloyd import Codebook
-from ..codebook.matrix import Rounded
+from ..codebook.matrix import Codebook, CodedMatrix
+from ..codebook.search import Search
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
 TALL_ELEMENTS = 1 << 24  # weights rounded at a time: as many scales as fit are tried side by side, as rows
 SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they are all made negligible
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix, and what rounding knows of it.
+
+    target: fp32 [out, n], what each vector was rounded from, in units of the row scale: the weight plus the carried
+    error, where latents start. loss: fp64 [out], the proxy loss of each row under the damped H.
+    """
+
+    coded: CodedMatrix
+    target: Tensor
+    loss: Tensor
 
 
 def proxy_loss(error: Tensor, H: Tensor) -> Tensor:
@@ -52,11 +66,12 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
     return codebook.encode(target.reshape(-1, codebook.dim)).view(len(W), -1), target
 
 
-def feedback_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
+def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
     n, d = W.shape[1], codebook.dim
     L, metrics = _feedback_of(factor, d)
-    search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
+    search: Search = codebook.searcher(metrics)
+    words = codebook.codewords().T.contiguous()
     target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
     error = torch.empty_like(target)  # W - W_hat
     targets, errors = target.split(d), error.split(d)  # of each vector
@@ -96,43 +111,40 @@ def round_matrix(
     """
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
-        raise ValueError(
-            f"round_matrix: rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights. "
-            "The first two must be equal and a multiple of the third: pad both with zeros."
-        )
+        got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
+        raise ValueError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
         raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    methods = [plain_round, partial(feedback_round, factor=factor)] if feedback else [plain_round]
+    methods: list[Callable] = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
-    best: Rounded | None = None
+    rounded: list[Rounded] = []
     for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
         for method in methods:
-            rounded = method(W.repeat(len(group), 1), group.flatten(), codebook)
-            index, target = (part.unflatten(0, group.shape) for part in rounded)  # [scales, out, ...]
-            for candidate in zip(index, group, target, strict=True):
-                best = _better_rows(best, _with_loss(W, factor.H, codebook, words, *candidate))
-    return best
+            found = method(W.repeat(len(group), 1), group.flatten(), codebook)
+            index, target = (part.unflatten(0, group.shape) for part in found)  # [scales, out, ...]
+            for each in zip(index, group, target, strict=True):
+                rounded = [_best_rows([*rounded, _with_loss(W, factor.H, codebook, words, *each)])]
+    return rounded[0]
 
 
 def _with_loss(
-    W: Tensor, H: Tensor, codebook: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
+    W: Tensor, H: Tensor, book: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
 ) -> Rounded:
     loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, H)
-    return Rounded(codebook, index, scale, target, loss)
+    return Rounded(CodedMatrix(book, index, scale), target, loss)
 
 
-def _better_rows(best: Rounded | None, other: Rounded) -> Rounded:
-    """Each row from whichever of the two loses less there."""
-    if best is None:
-        return other
-    win = (other.loss < best.loss)[:, None]
-    return Rounded(
-        best.codebook,
-        torch.where(win, other.index, best.index),
-        torch.where(win[:, 0], other.scale, best.scale),
-        torch.where(win, other.target, best.target),
-        torch.where(win[:, 0], other.loss, best.loss),
-    )
+def _best_rows(found: list[Rounded]) -> Rounded:
+    """Each row from the one of one or two that loses less there."""
+    best, *others = found
+    for other in others:
+        win = other.loss < best.loss
+        index = torch.where(win[:, None], other.coded.index, best.coded.index)
+        scale = torch.where(win, other.coded.scale, best.coded.scale)
+        target = torch.where(win[:, None], other.target, best.target)
+        loss = torch.where(win, other.loss, best.loss)
+        best = Rounded(CodedMatrix(best.coded.codebook, index, scale), target, loss)
+    return best
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
@@ -141,17 +153,17 @@ def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tens
     return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
 
 
-def refit(W: Tensor, rounded: Rounded, H: Tensor) -> AffineCodebook:
+def refit(W: Tensor, coded: CodedMatrix[AffineCodebook], H: Tensor) -> AffineCodebook:
     """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
 
     The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (ones
     for j = k), H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
     normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
-    book = rounded.codebook
+    book = coded.codebook
     d, k = book.A.shape
-    q = digits_of(rounded.index, k, book.levels)
-    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * rounded.scale[:, None, None]  # [out, n/d, k+1]
+    q = digits_of(coded.index, k, book.levels)
+    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * coded.scale[:, None, None]  # [out, n/d, k+1]
     groups = W.shape[1] // d
     parts = H.reshape(groups, d, groups, d).permute(1, 3, 0, 2).reshape(d * d, -1)
     # One digit j at a time: all at once take k + 1 times the memory, gigabytes for wide layers.

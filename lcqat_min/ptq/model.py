@@ -1,18 +1,18 @@
 """Quantize a causal language model in place: every linear layer becomes a layer with 2-bit codes.
 
     teacher = copy.deepcopy(model)                       # keep the unquantized model to distil from
-    report = quantize(model, batches, QuantConfig())     # PTQ: a good start
+    report = quantize(model, batches, LCQAT())           # PTQ: a good start
     train(model, more_batches, TrainConfig(), teacher)   # QAT: see qat/loop.py
 
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the
 output head (it shares its weight with the embeddings in most small models), experts that are fused into one
-3-d parameter, and layers whose name contains one of `config.skip` (routers of experts are linear layers, too);
+3-d parameter, and layers whose name contains one of `skip` (routers of experts are linear layers, too);
 with a warning, what ptq/select.py lists. A layer that no calibration token reaches, such as an expert that is never
 chosen, is rounded plainly, with a warning.
 
-Steps: second moments of the inputs of each layer, from the unquantized model; each weight rounded as ptq/matrix.py
-says; then all layers are swapped. Same seed, same codes, bit by bit, on one machine.
+Steps: second moments of the inputs of each layer, from the unquantized model; each weight quantized by the
+method (ptq/method.py); then all layers are replaced. Same seed, same codes, bit by bit, on one machine.
 """
 
 from __future__ import annotations
@@ -21,113 +21,102 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..codebook.lloyd import fit
-from ..codebook.matrix import Rounded
-from ..language_model import Batch, check_model, longest_window, read_batch, vocabulary, without_padding
-from ..layer.linear import AffineLinear, QuantLinear, StepLinear, TableLinear
-from ..layer.rotation import random_signs
-from .matrix import (
-    FIT_VECTORS,
-    QuantConfig,
-    in_units,
-    normal_codebook,
-    pad,
-    prepare,
-    rotated,
-    round_layer,
-    sample_vectors,
-)
+from ..errors import UsageError
+from ..language_model import Batch, check_model, read_batch, without_padding
+from ..layer.linear import QuantLinear
+from ..layer.units import in_units
+from .lcqat import LCQAT
+from .ldlq import proxy_loss
+from .method import Method
 from .moments import Moments, second_moments
 from .select import left_alone, linear_layers, read_or_written
 
-__all__ = ["linear_layers", "longest_window", "quant_layers", "quantize", "vocabulary"]
-
-METHOD = "lcqat_min.hf"  # `quant_method` in config.json: also the module that teaches transformers to read it
-IN_TRAINING = {"quant_method": METHOD, "version": "in training"}
+QUANT_METHOD = "lcqat_min.hf"  # `quant_method` in config.json: also the module that teaches transformers to read it
+IN_TRAINING = {"quant_method": QUANT_METHOD, "version": "in training"}
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass of the model
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer: its shape [out, in], proxy loss as a share of tr(W H W^T), damping used, how many
-    inputs were never active (before rotation) and how many tokens were seen."""
+    """One quantized layer: its shape [out, in]; the proxy loss tr(E H E^T) as a share of tr(W H W^T); how many inputs
+    were never active; how many tokens were seen."""
 
     name: str
     shape: tuple[int, int]
     loss: float
-    damping: float
     dead: int
     tokens: int
 
 
 @torch.inference_mode(False)  # else the new layers could not be trained
 def quantize(
-    model: nn.Module, batches: Iterable[Batch], config: QuantConfig, progress: Callable[[Iterable], Iterable] = iter
-) -> list[LayerReport]:
-    """Quantize `model` in place from calibration batches of token ids [B, T]; one report a layer.
-
-    Nothing is swapped before all layers are rounded, so an error leaves the model as it was. Afterwards save it
-    with pack.save_packed or a checkpoint of `train`: save_pretrained knows nothing of these layers, and the model's
-    config is marked, so that what it writes is refused rather than loaded half. Batches with padding are given as
-    the tokenizer makes them (language_model.py). `progress` may wrap the loop over layers (tqdm.tqdm). Raises
-    ValueError for weights or inputs that are not finite, naming the layer, for a model without linear layers, for one
-    that is quantized already and for one that is no causal language model.
-    """
-    layers, left = dict(linear_layers(model, config.skip)), left_alone(model, config.skip)
-    if layers:
-        texts = _checked(batches, model, layers)
-        left |= read_or_written(model, layers, texts[0][:1])
-        layers = {name: layer for name, layer in layers.items() if name not in left}
-    _say_what_is_left(left)
-    if not layers:
-        raise ValueError(
-            f"no linear layer to quantize: found none outside skip = {config.skip}"
-            + ("; this model is quantized already" if _is_quantized(model) else "")
-        )
-    with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
-        return _quantize(model, layers, texts, config, progress)
-
-
-def _quantize(
     model: nn.Module,
-    layers: dict[str, nn.Module],
-    batches: list[Tensor],
-    config: QuantConfig,
-    progress: Callable[[Iterable], Iterable],
+    batches: Iterable[Batch],
+    method: Method | None = None,
+    *,
+    skip: tuple[str, ...] = ("lm_head",),
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[LayerReport]:
-    generator = torch.Generator().manual_seed(config.seed)
-    plan = {name: _signs(layer, config.rotate, generator) for name, layer in layers.items()}
-    table = None
-    if config.codebook == "table":
-        table = nn.Parameter(_shared_table(layers, plan, config), requires_grad=config.learn_codebook)
+    """Quantize `model` in place from calibration batches of token ids [B, T]; returns one report per layer.
+
+    method: LCQAT() where none is given. skip: parts of the names of layers that stay unquantized. seed: of all that is
+    random. progress: may wrap the loop over layers (tqdm.tqdm).
+
+    No layer is replaced before all are rounded, so an error leaves the model as it was. Batches with padding are given
+    as the tokenizer makes them (language_model.py). Save the result with packing.save_packed or with a checkpoint of
+    `train`: save_pretrained does not know these layers, and the model's config is marked, so that what it writes is
+    refused rather than loaded in part. Raises UsageError for weights or inputs that are not finite, with the name of
+    the layer; for a model without linear layers; for one that is quantized already or is not a causal language model.
+    """
+    if isinstance(skip, str):
+        raise UsageError(f"skip is the text {skip!r}; give a tuple: ({skip!r},)")
+    layers, texts = _layers_and_texts(model, batches, skip)
+    generator, method = torch.Generator().manual_seed(seed), method or LCQAT()
     made: dict[str, QuantLinear] = {}
-    reports: list[LayerReport] = []
-    steps = (item for group in _groups(layers) for item in _moments(model, group, batches))
-    for name, moments in progress(_sized(steps, len(layers))):
-        layer = layers[name]
-        W, unit = in_units(weight_of(layer))
-        W, factor = prepare(W, in_units(moments.H)[0], plan[name], config)
-        rounded = round_layer(W, factor, table, config)
-        made[name] = _layer(layer, replace(rounded, scale=rounded.scale * unit), plan[name], table, config)
-        if not torch.isfinite(made[name].weight).all():
-            raise ValueError(
-                f"the weight of {name!r} reaches {layer.weight.abs().max():.3g}: once rounded, it is more "
-                "than fp32 holds. Load or train the model again, or name the layer in QuantConfig.skip"
-            )
-        total = ((W @ factor.H) * W).sum().item()
-        share = rounded.loss.sum().item() / total if total > 0 else 0.0
-        dead = int((moments.H.diagonal() == 0).sum())  # factor.dead is of rotated, padded inputs
-        shape = (made[name].out_features, made[name].in_features)
-        reports.append(LayerReport(name, shape, share, factor.damping, dead, moments.tokens))
+    reports = []
+    with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
+        method = method.start(list(layers.values()), generator)
+        for name, moments in zip(progress(layers), _moments(model, layers, texts), strict=False):
+            W = weight_of(layers[name])
+            made[name] = method.layer(W, moments.H, layers[name].bias, generator)
+            if not torch.isfinite(weight := made[name].weight.detach()).all():
+                largest = f"{W.abs().max():.3g}"
+                raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
+            reports.append(_report(name, W, weight, moments))
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark(model)
     return reports
+
+
+def _layers_and_texts(
+    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
+    layers, left = dict(linear_layers(model, skip)), left_alone(model, skip)
+    texts = _checked(batches, model, layers) if layers else []
+    left |= read_or_written(model, layers, texts[0][:1]) if layers else {}
+    _say_what_is_left(left)
+    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
+        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
+        already = "; this model is quantized already" if quantized else ""
+        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
+    return layers, texts
+
+
+def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
+    H, (W, unit) = in_units(moments.H)[0].float(), in_units(W)
+    total = proxy_loss(W, H).sum().item()
+    loss = proxy_loss(weight / unit - W, H).sum().item() / total if total > 0 else 0.0
+    dead = int((moments.H.diagonal() == 0).sum())
+    return LayerReport(name, (W.shape[0], W.shape[1]), loss, dead, moments.tokens)
 
 
 def mark(model: nn.Module) -> None:
@@ -135,7 +124,7 @@ def mark(model: nn.Module) -> None:
 
     In a config of its own: another model, its teacher perhaps, may have been built from the same one.
     """
-    shared = getattr(model, "config", None)
+    shared: Any = getattr(model, "config", None)
     if callable(getattr(shared, "save_pretrained", None)):
         own = copy.copy(shared)
         own.quantization_config = dict(IN_TRAINING)
@@ -144,41 +133,23 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Names and modules of the quantized layers."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
-
-
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight as fp32 [out, in]; transformers' Conv1D stores the transpose."""
     weight = layer.weight.detach().float()
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """[out, in] of a weight."""
-    shape = tuple(layer.weight.shape)
-    return shape if isinstance(layer, nn.Linear) else shape[::-1]
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantLinear) or type(module).__name__ == "PackedLinear" for module in model.modules())
-
-
 def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Module]) -> list[Tensor]:
     """The text of the batches, if it and the layers are what `quantize` can use."""
     for name, layer in layers.items():
         if layer.weight.is_meta:
-            raise ValueError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
+            raise UsageError(f"the weight of {name!r} is not in memory (meta device, or offloaded): load it whole")
         if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
+            raise UsageError(f"the weight of {name!r} holds NaN or infinity; load or train the model again")
     check_model(model)
     texts = [text for batch in batches for text in without_padding(*read_batch(batch, model, "calibration"))]
     if not (texts := [text for text in texts if text.numel()]):
-        raise ValueError(
-            "there are no calibration tokens: give at least one batch of token ids [B, T] (an iterator "
-            "gives its batches only once)"
-        )
+        raise UsageError("no calibration tokens: give at least one batch of token ids [B, T] (an iterator ends once)")
     return texts
 
 
@@ -189,75 +160,29 @@ def _say_what_is_left(left: dict[str, str]) -> None:
         warnings.warn(f"not quantized: {some}; {why}", RuntimeWarning, stacklevel=4)
 
 
-def _signs(layer: nn.Module, where: str, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-    rows, columns = shape_of(layer)
-    device = layer.weight.device
-    signs_in = random_signs(columns, generator).to(device) if where != "none" else None
-    signs_out = random_signs(rows, generator).to(device) if where == "both" else None
-    return signs_in, signs_out
-
-
-def _shared_table(layers: dict, plan: dict, config: QuantConfig) -> Tensor:
-    """One k-means table for the model: a table a layer would cost 0.1 to 0.3 bits a weight on a small one."""
-    share = max(1, 4 * FIT_VECTORS // len(layers))
-    matrices = (pad(rotated(in_units(weight_of(layer))[0], plan[name]), config.dim) for name, layer in layers.items())
-    x = torch.cat([sample_vectors(W, config.dim, share).cpu() for W in matrices])
-    start = normal_codebook("table", config.dim, config.seed)
-    return fit(x, start, rounds=10).table.to(next(iter(layers.values())).weight.device)
-
-
-def _layer(
-    old: nn.Module, rounded: Rounded, signs: tuple, table: nn.Parameter | None, config: QuantConfig
-) -> QuantLinear:
-    rows, columns = shape_of(old)
-    common = (columns, rows, rounded, old.bias, *signs)
-    if config.codebook == "table":
-        return TableLinear(*common, table)
-    if config.codebook == "step":
-        return StepLinear(*common)
-    return AffineLinear(*common, config.estimator, config.learn_codebook, config.start_on_codes)
-
-
-def _moments(model: nn.Module, layers: dict[str, nn.Module], batches: list[Tensor]) -> Iterator[tuple[str, Moments]]:
+def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
     """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
-    found = second_moments(model, layers, batches)
-    if missing := [name for name in layers if name not in found]:
-        warnings.warn(
-            f"no calibration token reached {', '.join(missing)}: rounded without error feedback. Give more "
-            "text, or name them in QuantConfig.skip",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    for name, layer in layers.items():
-        if name not in found:
-            eye = torch.eye(shape_of(layer)[1], dtype=torch.float64, device=layer.weight.device)
-            found[name] = Moments(eye, tokens=0)
-        yield name, found.pop(name)
+    for group in _groups(layers):
+        found = second_moments(model, group, texts)
+        if missing := [name for name in group if name not in found]:
+            why = "rounded without error feedback. Give more text, or name them in `skip`"
+            warnings.warn(f"no calibration token reached {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
+        for name, layer in group.items():
+            if name not in found:
+                found[name] = Moments(torch.eye(_inputs(layer)).to(layer.weight.device).double(), tokens=0)
+            yield found.pop(name)
 
 
 def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     """Layers whose second moments fit in memory together, at least one at a time."""
     group: dict[str, nn.Module] = {}
-    used = 0
     for name, layer in layers.items():
-        size = 8 * shape_of(layer)[1] ** 2
-        if group and used + size > MOMENTS_BYTES:
+        if group and sum(8 * _inputs(one) ** 2 for one in (*group.values(), layer)) > MOMENTS_BYTES:
             yield group
-            group, used = {}, 0
+            group = {}
         group[name] = layer
-        used += size
-    if group:
-        yield group
+    yield group
 
 
-class _sized:
-    """An iterator with a length, so that a progress bar knows its end."""
-
-    def __init__(self, items: Iterator, length: int):
-        self.items, self.length = items, length
-
-    def __iter__(self) -> Iterator:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return self.length
+def _inputs(layer: nn.Module) -> int:
+    return layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]

@@ -6,7 +6,7 @@
 The gradient falls out of the same pass, so it is made there, in slices of KL_ELEMENTS logits: autograd would keep
 several copies of all logits, which for a vocabulary of 150 000 are the largest tensors of a step.
 
-Gives up: second derivatives, and a gradient to the teacher.
+Limits: no second derivatives, and no gradient to the teacher.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
     if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            "student and teacher differ in vocabulary: "
-            f"{student.shape[-1]} and {teacher.shape[-1]} logits. Distil from the same model, "
-            "from before quantization."
-        )
+        sizes = f"{student.shape[-1]} and {teacher.shape[-1]} logits"
+        raise ValueError(f"student and teacher differ in vocabulary: {sizes}; distil from the unquantized model")
     return _TeacherKL.apply(student.flatten(0, -2), teacher.flatten(0, -2))
 
 

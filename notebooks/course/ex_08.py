@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lcqat_min.qat.loop import TrainConfig
+from lcqat_min.qat.config import TrainConfig
 
 from .exercise import Wrong, exercise, expect_close
 

@@ -13,6 +13,7 @@ from lcqat_min.cli import commands as verbs
 from lcqat_min.cli import main as cli
 from lcqat_min.disk.locks import alone
 from lcqat_min.harness.models import BUNDLED, load
+from lcqat_min.layer.linear import quant_layers
 from lcqat_min.packing.files import load_packed, save_packed
 from lcqat_min.qat import checkpoint
 
@@ -57,14 +58,14 @@ def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path, capsys):
     for folder in ("packed", "trained"):
         assert load_packed(tmp_path / folder).dtype == torch.bfloat16
     assert call("bits", tmp_path / "half") == 0
-    assert "16.0000 bits a weight" in capsys.readouterr().out
+    assert "16.0000 bits per weight" in capsys.readouterr().out
 
 
 def test_bits_of_packed_and_plain(place, packed, capsys):
     assert call("bits", packed) == 0
-    assert "bits a weight" in capsys.readouterr().out
+    assert "bits per weight" in capsys.readouterr().out
     assert call("bits", place / "model") == 0
-    assert "32.0000 bits a weight" in capsys.readouterr().out
+    assert "32.0000 bits per weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["quantize", "train", "export"])
@@ -134,20 +135,26 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
     monkeypatch.setattr(verbs, "FAR", 0.0)
     data = ("--text", place / "text.txt", "--tokens", 2048)
     args = ("--teacher", tmp_path / "stranger", *data, "--out", tmp_path / "out")
-    save, steps = checkpoint.Run.save, []
+    save, steps = checkpoint.save, []
 
-    def interrupted(run, path, step, *more):
-        save(run, path, step, *more)
-        steps.append(step)
+    def interrupted(*args):
+        save(*args)
+        steps.append(args[-1]["step"])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Run, "save", interrupted)
+        patch.setattr(checkpoint, "save", interrupted)
         assert call("train", packed, *args) == 130
     found = capsys.readouterr()
     assert "Is that what it was made from? --teacher names another" in found.out and "last checkpoint" in found.err
     assert call("train", packed, *args, "--seed", 1) == 2 == call("train", packed, *args, "--tokens", 4096)
     assert "is of a run with other settings (seed was 0, is 1): give those, or remove it" in capsys.readouterr().err
+    other = load_packed(packed, trainable=True)
+    next(layer for _, layer in quant_layers(other)).row_scale.data *= 2
+    save_packed(other, tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert call("train", tmp_path / "other", *args) == 2
+    assert "is of a run with other settings (model was " in capsys.readouterr().err
     assert call("train", packed, *args) == 0
     assert "going on from" in capsys.readouterr().out and steps == [1]
     assert not list(tmp_path.glob("out.checkpoint*"))

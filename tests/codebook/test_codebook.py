@@ -24,7 +24,8 @@ from lcqat_min.codebook import (
     search,
 )
 from lcqat_min.codebook.digits import digits_of, index_of
-from lcqat_min.codebook.lloyd import fit, mean_squared_error, table_start
+from lcqat_min.codebook.lloyd import fit, mean_squared_error
+from lcqat_min.codebook.table import table_start
 
 D4 = torch.tensor([[2.0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # the densest lattice
 
@@ -453,9 +454,9 @@ def test_untied_planes_of_8_weights(planes_8):
 
 
 def test_fit_refuses_vectors_of_another_size():
-    with pytest.raises(ValueError, match=r"shape \(10, 3\); the codebook wants \[N, 4\]. Reshape"):
+    with pytest.raises(ValueError, match=r"\[10, 3\]; the codebook wants \[N, 4\]: reshape"):
         fit(torch.zeros(10, 3), lattice(4), 1)
-    with pytest.raises(ValueError, match=r"shape \(12,\)"):
+    with pytest.raises(ValueError, match=r"vectors are \[12\]"):
         fit(torch.zeros(12), lattice(4), 1)
 
 

@@ -7,6 +7,7 @@ error messages.
 """
 
 import copy
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -17,10 +18,13 @@ from torch import nn
 
 from lcqat_min import codebook as cb
 from lcqat_min.codebook.digits import digits_of, index_of
-from lcqat_min.layer.linear import MARGIN, AffineLinear, QuantLinear, StepLinear, TableLinear, starting_latents
+from lcqat_min.codebook.matrix import CodedMatrix
+from lcqat_min.layer.linear import MARGIN, AffineLinear, QuantLinear, starting_latents
 from lcqat_min.layer.rotation import hadamard, random_signs
-from lcqat_min.ptq.ldlq import Rounded
+from lcqat_min.systems.free_vq import TableLinear
+from lcqat_min.systems.lsq import StepLinear
 
+PLAIN = (None, None)  # not rotated
 ROTATIONS = ("none", "input", "both")
 KINDS = [
     ("scalar", 1),
@@ -42,14 +46,16 @@ def some_codebook(kind: str, d: int, generator: torch.Generator) -> cb.Codebook:
     return cb.AffineCodebook(A, 0.1 * torch.randn(d, generator=generator), levels)
 
 
-def some_rounded(book: cb.Codebook, rows: int, width: int, generator: torch.Generator) -> Rounded:
+def some_codes(
+    book: cb.Codebook, rows: int, width: int, generator: torch.Generator
+) -> tuple[CodedMatrix, torch.Tensor]:
     """Random codes, with the first and the last code among them, and targets near what they decode to."""
     index = torch.randint(2**book.bits, (rows, -(-width // book.dim)), generator=generator)
     index[0, 0], index[-1, -1] = 0, 2**book.bits - 1
     decoded = book.decode(index).flatten(1)
     target = decoded + 0.2 * torch.randn(decoded.shape, generator=generator)
     scale = 0.5 + torch.rand(rows, generator=generator)
-    return Rounded(book, index, scale, target, torch.zeros(rows, dtype=torch.float64))
+    return CodedMatrix(book, index, scale), target
 
 
 def some_layer(
@@ -61,22 +67,22 @@ def some_layer(
     generator: torch.Generator,
     bias: bool = False,
     estimator: str = "ste",
-) -> tuple[QuantLinear, Rounded]:
+) -> tuple[QuantLinear, CodedMatrix]:
     """A layer of a kind with random codes, scales and (if asked) bias."""
-    rounded = some_rounded(some_codebook(kind, d, generator), rows, width, generator)
+    coded, target = some_codes(some_codebook(kind, d, generator), rows, width, generator)
     signs_in = None if rotate == "none" else random_signs(width, generator)
     signs_out = random_signs(rows, generator) if rotate == "both" else None
     biases = torch.randn(rows, generator=generator) if bias else None
-    common = (width, rows, rounded, biases, signs_in, signs_out)
+    common = (coded, width, biases, (signs_in, signs_out))
     if kind == "step":
-        layer = StepLinear(*common)
+        layer = StepLinear(*common, target)
     elif kind == "table":
-        layer = TableLinear(*common, nn.Parameter(rounded.codebook.table.clone()))
+        layer = TableLinear(*common)
     else:
-        layer = AffineLinear(*common, estimator, learn_codebook=True, start_on_codes=False)
+        layer = AffineLinear(*common, target, estimator)
     with torch.no_grad():
         layer.col_scale.copy_(0.5 + torch.rand(width, generator=generator))
-    return layer, rounded
+    return layer, coded
 
 
 @lru_cache(maxsize=32)
@@ -100,7 +106,7 @@ def mixing(signs: torch.Tensor | None, width: int) -> torch.Tensor:
 def decode_by_loops(layer: QuantLinear) -> torch.Tensor:
     """fp64 [out, in padded]: one vector after the other, digit by digit from the code."""
     rows = []
-    for codes in layer.codes().tolist():
+    for codes in layer.indices().tolist():
         vectors = []
         for code in codes:
             if isinstance(layer, TableLinear):
@@ -127,8 +133,8 @@ def dense(layer: QuantLinear) -> torch.Tensor:
 @pytest.mark.parametrize(("kind", "d"), KINDS)
 def test_forward_is_the_dense_formula(kind, d, rotate, generator):
     for rows, width, bias in ((6, 7, False), (5, 33, True), (4, 130, False), (8, 24, True)):
-        layer, rounded = some_layer(kind, d, rows, width, rotate, generator, bias)
-        assert torch.equal(layer.codes(), rounded.index)
+        layer, coded = some_layer(kind, d, rows, width, rotate, generator, bias)
+        assert torch.equal(layer.indices(), coded.index)
         x = torch.randn(2, 3, width, generator=generator)
         expected = x.double() @ dense(layer).T
         if bias:
@@ -147,33 +153,31 @@ def test_forward_is_the_dense_formula(kind, d, rotate, generator):
 def test_starting_latents_round_to_their_codes(levels, seed, spread, d, on_codes):
     generator = torch.Generator().manual_seed(seed)
     book = some_codebook("planes" if levels == 2 else "lattice", d, generator)
-    near = some_rounded(book, 5, 3 * d, generator)
-    target = near.target + spread * torch.randn(near.target.shape, generator=generator)
-    rounded = Rounded(book, near.index, near.scale, target, near.loss)
-    layer = AffineLinear(3 * d, 5, rounded, None, None, None, "ste", True, start_on_codes=on_codes)
-    assert torch.equal(layer.codes(), near.index)
+    coded, near = some_codes(book, 5, 3 * d, generator)
+    target = near + spread * torch.randn(near.shape, generator=generator)
+    layer = AffineLinear(coded, 3 * d, None, PLAIN, None if on_codes else target)
+    assert torch.equal(layer.indices(), coded.index)
     if d == 1 and levels == 4:
-        unit = Rounded(cb.scalar(), near.index, near.scale, target, near.loss)
-        assert torch.equal(StepLinear(3, 5, unit, None, None, None).codes(), near.index)
+        assert torch.equal(StepLinear(coded, 3, None, PLAIN, target).indices(), coded.index)
 
 
 def test_extreme_codes_of_a_byte_keep_their_place():
     for book in (cb.lattice(4), cb.lattice(4).as_planes()):
         index = torch.tensor([[0, 255, 1, 254]])
-        rounded = Rounded(book, index, torch.ones(1), 100 * book.decode(index).flatten(1), torch.zeros(1))
-        layer = AffineLinear(16, 1, rounded, None, None, None, "ste", True, start_on_codes=False)
-        assert torch.equal(layer.codes(), index)
+        target = 100 * book.decode(index).flatten(1)
+        layer = AffineLinear(CodedMatrix(book, index, torch.ones(1)), 16, None, PLAIN, target)
+        assert torch.equal(layer.indices(), index)
         assert layer.weight[0, :8].tolist() == [-1.5] * 4 + [1.5] * 4
 
 
 def test_a_planes_latent_is_the_margin_of_its_bit(generator):
-    rounded = some_rounded(some_codebook("planes", 2, generator), 6, 8, generator)
-    book, v = rounded.codebook, starting_latents(rounded)
-    targets = rounded.target.view(6, 4, 2)
+    coded, target = some_codes(some_codebook("planes", 2, generator), 6, 8, generator)
+    book, v = coded.codebook, starting_latents(coded, target)
+    targets = target.view(6, 4, 2)
     inside = 0
     for row in range(6):
         for vector in range(4):
-            code, target = rounded.index[row, vector].item(), targets[row, vector]
+            code, target = coded.index[row, vector].item(), targets[row, vector]
             cost = (target - book.decode(torch.tensor(code))).square().sum()
             for k in range(4):
                 flipped = code ^ 1 << (3 - k)
@@ -189,8 +193,8 @@ def test_a_planes_latent_is_the_margin_of_its_bit(generator):
 def test_a_scalar_latent_is_the_weight_in_bins(generator):
     weights = torch.linspace(-1.9, 1.9, 40)[None]
     book = cb.scalar(0.8)
-    rounded = Rounded(book, book.encode(weights.mT).view(1, -1), torch.ones(1), weights, torch.zeros(1))
-    u = starting_latents(rounded).flatten()
+    coded = CodedMatrix(book, book.encode(weights.mT).view(1, -1), torch.ones(1))
+    u = starting_latents(coded, weights).flatten()
     in_bins = weights.flatten() / 0.8 + 1.5
     from_edge = (in_bins - in_bins.floor() - 0.5).abs()
     far_from_edges = (from_edge > MARGIN / 2) & (in_bins > -0.4) & (in_bins < 3.4)
@@ -202,11 +206,12 @@ def test_a_scalar_latent_is_the_weight_in_bins(generator):
 @pytest.mark.parametrize("on_codes", [False, True])
 def test_lattice_with_a_multiple_of_the_identity_is_the_scalar_layer(on_codes, generator):
     s, rows, width = 0.7, 5, 12
-    one = some_rounded(cb.scalar(s), rows, width, generator)
+    one, target = some_codes(cb.scalar(s), rows, width, generator)
     index = index_of(digits_of(one.index, 1, 4).view(rows, 3, 4), 4)
-    four = Rounded(cb.lattice(4, s), index, one.scale, one.target, one.loss)
+    four = CodedMatrix(cb.lattice(4, s), index, one.scale)
     signs = random_signs(width, generator), random_signs(rows, generator)
-    scalar, lattice = (AffineLinear(width, rows, r, None, *signs, "ste", True, on_codes) for r in (one, four))
+    start = None if on_codes else target
+    scalar, lattice = (AffineLinear(coded, width, None, signs, start) for coded in (one, four))
     torch.testing.assert_close(lattice.latent, scalar.latent, rtol=0, atol=1e-6)
     assert torch.equal(lattice.weight, scalar.weight)
     for layer in (scalar, lattice):
@@ -215,11 +220,10 @@ def test_lattice_with_a_multiple_of_the_identity_is_the_scalar_layer(on_codes, g
 
 
 def test_planes_with_half_the_columns_twice_are_the_lattice_layer(generator):
-    z = some_rounded(some_codebook("lattice", 4, generator), 5, 12, generator)
+    z, target = some_codes(some_codebook("lattice", 4, generator), 5, 12, generator)
     tied = z.codebook.as_planes()
     assert torch.equal(tied.A[:, 1::2], z.codebook.A / 2)
-    c = Rounded(tied, z.index, z.scale, z.target, z.loss)
-    lattice, planes = (AffineLinear(12, 5, r, None, None, None, "ste", True, False) for r in (z, c))
+    lattice, planes = (AffineLinear(coded, 12, None, PLAIN, target) for coded in (z, replace(z, codebook=tied)))
     torch.testing.assert_close(planes.weight, lattice.weight)
 
 
@@ -255,7 +259,7 @@ def test_gradients_are_the_chain_rule(kind, d, estimator, generator):
     d_decoded = torch.zeros_like(decoded)
     d_decoded[:, :width] = dM * r[:, None]
     per_vector = d_decoded.view(-1, d)
-    q = digits_of(layer.codes(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
+    q = digits_of(layer.indices(), layer.A.shape[1], layer.levels).double().view(-1, layer.A.shape[1])
     latent = layer.latent.detach()
     u, top = ((latent + 1) / 2, 1) if layer.levels == 2 else (latent, 3)
     expected = {
@@ -281,7 +285,7 @@ def test_smooth_parameters_agree_with_finite_differences(kind, d, generator):
         return (layer(x) * weights).sum().double().item()
 
     (layer(x) * weights).sum().backward()
-    codes = layer.codes()
+    codes = layer.indices()
     for name, parameter in layer.named_parameters():
         if name == "latent":
             continue
@@ -294,7 +298,7 @@ def test_smooth_parameters_agree_with_finite_differences(kind, d, generator):
             below = value()
             flat[i] = here
             assert (above - below) / 0.5 == pytest.approx(grad[i].item(), rel=2e-3, abs=2e-3), name
-    assert torch.equal(layer.codes(), codes)
+    assert torch.equal(layer.indices(), codes)
 
 
 def test_step_gradient_is_that_of_lsq(generator):
@@ -329,7 +333,7 @@ def test_step_levels_are_those_of_paretoq(generator):
 
 @pytest.mark.parametrize("kind", ["planes", "step", "table"])
 def test_low_precision_inputs_and_autocast(kind, generator):
-    layer, rounded = some_layer(kind, 1 if kind == "step" else 4, 8, 64, "both", generator, bias=True)
+    layer, coded = some_layer(kind, 1 if kind == "step" else 4, 8, 64, "both", generator, bias=True)
     x = torch.randn(3, 64, generator=generator)
     y, W = layer(x), layer.weight
     for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-4)):
@@ -340,7 +344,7 @@ def test_low_precision_inputs_and_autocast(kind, generator):
         assert layer(x).dtype == torch.bfloat16
         assert torch.equal(layer.weight, W)
         assert layer.weight.dtype == torch.float32
-        assert torch.equal(layer.codes(), rounded.index)
+        assert torch.equal(layer.indices(), coded.index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -361,8 +365,8 @@ def test_a_layer_first_used_in_inference_mode_still_trains(generator):
 
 def test_a_matrix_of_zeros_has_finite_latents():
     book = cb.AffineCodebook(torch.zeros(4, 8), torch.zeros(4), 2)
-    rounded = Rounded(book, torch.tensor([[0, 255]]), torch.ones(1), torch.zeros(1, 8), torch.zeros(1))
-    layer = AffineLinear(8, 1, rounded, None, None, None, "ste", True, False)
+    coded = CodedMatrix(book, torch.tensor([[0, 255]]), torch.ones(1))
+    layer = AffineLinear(coded, 8, None, PLAIN, torch.zeros(1, 8))
     assert torch.isfinite(layer.latent).all()
     assert torch.equal(layer(torch.ones(1, 8)), torch.zeros(1, 1))
 
@@ -381,8 +385,9 @@ def test_copies_and_state_dicts_keep_the_output(kind, d, generator):
 def test_layers_can_share_a_table_and_copies_share_the_copy(generator):
     book = some_codebook("table", 2, generator)
     table = nn.Parameter(book.table.clone())
-    rounded = [some_rounded(book, rows, 8, generator) for rows in (8, 3)]
-    pair = nn.Sequential(*(TableLinear(8, len(r.index), r, None, None, None, table) for r in rounded))
+    pair = nn.Sequential(
+        *(TableLinear(some_codes(book, rows, 8, generator)[0], 8, None, PLAIN, table) for rows in (8, 3))
+    )
     twin = copy.deepcopy(pair)
     assert twin[0].table is twin[1].table
     assert twin[0].table is not table

@@ -5,12 +5,11 @@ import warnings
 import pytest
 import torch
 
-from lcqat_min.codebook import frame_planes, lattice
+from lcqat_min.codebook import CodedMatrix, frame_planes, lattice
 from lcqat_min.kernels import product as products
 from lcqat_min.layer.linear import AffineLinear
 from lcqat_min.layer.rotation import random_signs
 from lcqat_min.packing import PackedLinear, pack_layers
-from lcqat_min.ptq.ldlq import Rounded
 
 
 def layer_of(book, rotated: bool) -> tuple[AffineLinear, PackedLinear]:
@@ -18,10 +17,9 @@ def layer_of(book, rotated: bool) -> tuple[AffineLinear, PackedLinear]:
     generator = torch.Generator().manual_seed(3)
     index = torch.randint(0, 1 << book.bits, (40, 96 // book.dim), generator=generator)
     scale = (torch.rand(40, generator=generator) + 0.5).half().float()
-    rounded = Rounded(book, index, scale, book.decode(index).flatten(1), torch.zeros(40))
     signs = [random_signs(n, generator) if rotated else None for n in (96, 40)]
     bias = torch.randn(40, generator=generator)
-    layer = AffineLinear(96, 40, rounded, bias, *signs, "ste", learn_codebook=True, start_on_codes=False)
+    layer = AffineLinear(CodedMatrix(book, index, scale), 96, bias, signs)
     with torch.no_grad():
         layer.col_scale.uniform_(0.5, 2, generator=generator)
         for number in (layer.col_scale, layer.A, layer.b):
@@ -94,7 +92,7 @@ def test_packed_linear_is_exported_for_any_number_of_rows(rows):
 
 def test_integers_and_other_widths_are_refused_with_the_remedy():
     packed = layer_of(lattice(4), False)[1]
-    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .*QuantConfig.skip"):
+    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .* with this layer in `skip`"):
         packed(torch.zeros(2, 96, dtype=torch.uint8))
     for width in (1, 48, 192):
         with pytest.raises(ValueError, match=f"x has {width} features; this layer takes 96"):

@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, TrainingArguments
 
-from lcqat_min import QuantConfig, TrainConfig, quantize, train
+from lcqat_min import LCQAT, TrainConfig, quantize, train
 from lcqat_min.packing.files import load_packed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -112,7 +112,7 @@ def test_trainer_takes_the_steps_of_our_own_loop(tiny_llama, tmp_path):
     """Three steps on all windows at once, whose order then does not matter; also in two halves each."""
     teacher, windows = tiny_llama(), torch.arange(128).view(4, 32) * 7 % 97
     start = copy.deepcopy(teacher)
-    quantize(start, [windows], QuantConfig("lattice"))
+    quantize(start, [windows], LCQAT(codebook="lattice"))
     ours = copy.deepcopy(start)
     train(ours, [windows] * 3, TrainConfig(3), teacher)
     moved = (logits(ours) - logits(start)).norm()
@@ -157,7 +157,7 @@ def test_a_folder_for_the_hub(packed, tmp_path, monkeypatch, push):
 def test_a_damaged_model_is_not_made_ready(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "damaged")
     weights = tmp_path / "damaged" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="model.safetensors"):
         run("upload", tmp_path / "damaged", tmp_path / "out", "me/mine", "--base", "you/yours", "--license", "mit")
     assert not (tmp_path / "out").exists()

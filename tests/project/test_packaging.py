@@ -112,7 +112,7 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name == "numpy" else find(name, *more)
 import copy, torch
-from lcqat_min import QuantConfig, TrainConfig, kl_to, quantize, train
+from lcqat_min import LCQAT, TrainConfig, kl_to, quantize, train
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Net(torch.nn.Module):
         return SimpleNamespace(logits=self.linear(self.embedding(input_ids)))
 teacher, ids = Net(), torch.arange(64)
 model = copy.deepcopy(teacher)
-quantize(model, [ids.view(2, 32) % 16], QuantConfig())
+quantize(model, [ids.view(2, 32) % 16], LCQAT())
 train(model, [ids.view(2, 32) % 16], TrainConfig(1), teacher)
 print(kl_to(teacher, model, ids % 16, 32))
 """

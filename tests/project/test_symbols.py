@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcqat_min.codebook import TableCodebook, frame_planes
-from lcqat_min.layer.linear import AffineLinear, TableLinear
+from lcqat_min.codebook import CodedMatrix, TableCodebook, frame_planes
+from lcqat_min.layer.linear import AffineLinear
 from lcqat_min.layer.rotation import block_of, random_signs
 from lcqat_min.packing.convert import pack_layers
-from lcqat_min.ptq.ldlq import Rounded
 from lcqat_min.ptq.moments import Moments, factorize
+from lcqat_min.systems.free_vq import TableLinear
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "07-build-the-layer.ipynb"
 HEAD = ["symbol", "in code", "shape", "where"]
@@ -53,13 +53,13 @@ def things() -> dict[str, object]:
     rows, n, book = SIZES["out"], SIZES["n"], frame_planes()
     index = torch.randint(256, (rows, n // book.dim), generator=generator)
     target = torch.randn(rows, n, generator=generator)
-    rounded = Rounded(book, index, torch.ones(rows), target, torch.zeros(rows))
-    common = (n, rows, rounded, None, random_signs(n, generator), random_signs(rows, generator))
-    affine = AffineLinear(*common, "ste", learn_codebook=True, start_on_codes=False)
+    signs = random_signs(n, generator), random_signs(rows, generator)
+    coded = CodedMatrix(book, index, torch.ones(rows))
+    affine = AffineLinear(coded, n, None, signs, target)
     packed = pack_layers(affine)[""]
     H = torch.eye(n, dtype=torch.float64)
-    made = (affine, packed, packed.form, book, Moments(H, 1), factorize(H))
-    lookup = TableLinear(*common, nn.Parameter(TableCodebook(book.codewords()).table))
+    made = (affine, packed, packed.spec, book, Moments(H, 1), factorize(H))
+    lookup = TableLinear(CodedMatrix(TableCodebook(book.codewords()), index, torch.ones(rows)), n, None, signs)
     return {type(thing).__name__: thing for thing in (*made, lookup)} | {"QuantLinear": affine}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice, random_planes, scalar
 from lcqat_min.codebook.digits import digits_of
 from lcqat_min.ptq import ldlq as feedback
-from lcqat_min.ptq.ldlq import feedback_round, plain_round, proxy_loss, refit, round_matrix, row_scales
+from lcqat_min.ptq.ldlq import ldlq_round, plain_round, proxy_loss, refit, round_matrix, row_scales
 from lcqat_min.ptq.moments import Factor, factorize
 
 KINDS = ("scalar", "lattice", "planes", "table")
@@ -87,10 +87,10 @@ def slow_feedback(W: Tensor, scale: Tensor, book: Codebook, H: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_feedback_rounding_equals_the_slow_definition(kind):
+def test_ldlq_rounding_equals_the_slow_definition(kind):
     W, factor, book = a_case(kind, n=20, rows=3)
     scale = row_scales(W, [0.9])[0]
-    index, _ = feedback_round(W, scale, book, factor)
+    index, _ = ldlq_round(W, scale, book, factor)
     assert index.dtype == torch.int64 and index.shape == (3, 20 // book.dim)
     assert torch.equal(index, slow_feedback(W, scale, book, factor.C @ factor.C.T))
     assert not torch.equal(index, plain_round(W, scale, book)[0])
@@ -102,8 +102,8 @@ def test_weights_may_be_a_view_and_stay_as_they_are(kind):
     scale = row_scales(W, [0.9])[0]
     before, view = W.clone(), W.T.contiguous().T
     for matrix in (W, view):
-        index, target = feedback_round(matrix, scale, book, factor)
-        assert torch.equal(index, feedback_round(before, scale, book, factor)[0])
+        index, target = ldlq_round(matrix, scale, book, factor)
+        assert torch.equal(index, ldlq_round(before, scale, book, factor)[0])
         target.zero_()
     assert torch.equal(W, before) and torch.equal(view, before)
 
@@ -113,9 +113,9 @@ def test_weights_may_be_a_view_and_stay_as_they_are(kind):
 def test_blocks_of_columns_change_the_speed_alone(kind, block, monkeypatch):
     W, factor, book = a_case(kind, n=140)  # more columns than one block, and not a multiple of it
     scale = row_scales(W, [0.9])[0]
-    index, target = feedback_round(W, scale, book, factor)
+    index, target = ldlq_round(W, scale, book, factor)
     monkeypatch.setattr(feedback, "FEEDBACK_BLOCK", block)
-    other, other_target = feedback_round(W, scale, book, factor)
+    other, other_target = ldlq_round(W, scale, book, factor)
     assert torch.equal(index, other)
     torch.testing.assert_close(target, other_target, rtol=1e-4, atol=1e-4)
 
@@ -124,7 +124,7 @@ def test_blocks_of_columns_change_the_speed_alone(kind, block, monkeypatch):
 def test_the_loss_is_the_sum_of_the_vectors_own_errors(kind):
     W, factor, book = a_case(kind, n=24)
     scale, d = row_scales(W, [0.9])[0], book.dim
-    index, target = feedback_round(W, scale, book, factor)
+    index, target = ldlq_round(W, scale, book, factor)
     own = (target - book.decode(index).flatten(1)).double() * scale.double()[:, None]
     parts = [own[:, k : k + d] @ factor.C[k : k + d, k : k + d] for k in range(0, 24, d)]
     W_hat = book.decode(index).flatten(1) * scale[:, None]
@@ -137,7 +137,7 @@ def test_the_loss_is_the_sum_of_the_vectors_own_errors(kind):
 def test_inputs_without_correlation_leave_nothing_to_feed_back(kind):
     W, _, book = a_case(kind, n=24)
     scale = row_scales(W, [0.9])[0]
-    index, target = feedback_round(W, scale, book, factorize(torch.eye(24)))
+    index, target = ldlq_round(W, scale, book, factorize(torch.eye(24)))
     plain, plain_target = plain_round(W, scale, book)
     assert torch.equal(index, plain) and torch.equal(target, plain_target)
     assert torch.equal(plain_target, W / scale[:, None])
@@ -153,7 +153,7 @@ def test_feedback_never_loses_to_plain_rounding(kind, vectors, rows, seed):
     fed = round_matrix(W, factor, book, row_scales(W))
     assert (fed.loss <= plain.loss).all()
     for rounded in (plain, fed):
-        exact = exact_loss(rounded.weight(), W, factor)
+        exact = exact_loss(rounded.coded.weight(), W, factor)
         torch.testing.assert_close(rounded.loss, exact, rtol=1e-3, atol=1e-9)
 
 
@@ -175,8 +175,8 @@ def test_each_row_gets_its_best_scale():
     first, second = losses.sort(0).values[:2]
     assert (second > 1.001 * first).all()  # so which scale is best depends on no digit
     for row, best in enumerate(losses.argmin(0).tolist()):
-        assert together.scale[row] == scales[best][row]
-        assert torch.equal(together.index[row], alone[best].index[row])
+        assert together.coded.scale[row] == scales[best][row]
+        assert torch.equal(together.coded.index[row], alone[best].coded.index[row])
         torch.testing.assert_close(together.target[row], alone[best].target[row], rtol=1e-4, atol=1e-5)
     assert len(losses.argmin(0).unique()) > 1
 
@@ -184,20 +184,24 @@ def test_each_row_gets_its_best_scale():
 def test_a_rounded_matrix_says_what_it_is():
     W, factor, book = a_case("planes", n=24)
     rounded = round_matrix(W, factor, book, row_scales(W))
-    assert rounded.codebook is book and rounded.weight().shape == W.shape
-    assert rounded.index.shape == (5, 6) and rounded.index.dtype == torch.int64
+    assert rounded.coded.codebook is book and rounded.coded.weight().shape == W.shape
+    assert rounded.coded.index.shape == (5, 6) and rounded.coded.index.dtype == torch.int64
     assert rounded.target.shape == W.shape and rounded.loss.dtype == torch.float64
     for row in range(5):
-        by_hand = torch.cat([book.codewords()[i] for i in rounded.index[row]]) * rounded.scale[row]
-        torch.testing.assert_close(rounded.weight()[row], by_hand)
+        by_hand = torch.cat([book.codewords()[i] for i in rounded.coded.index[row]]) * rounded.coded.scale[row]
+        torch.testing.assert_close(rounded.coded.weight()[row], by_hand)
 
 
 def test_rows_do_not_interact():
     W, factor, book = a_case("planes", n=24, rows=6)
     whole = round_matrix(W, factor, book, row_scales(W))
     part = round_matrix(W[[4, 1]], factor, book, row_scales(W[[4, 1]]))
-    assert torch.equal(part.index, whole.index[[4, 1]])
-    torch.testing.assert_close(part.scale, whole.scale[[4, 1]], rtol=1e-6, atol=0)
+    assert torch.equal(part.coded.index, whole.coded.index[[4, 1]])
+    torch.testing.assert_close(part.coded.scale, whole.coded.scale[[4, 1]], rtol=1e-6, atol=0)
+
+
+def numbers(rounded: feedback.Rounded) -> list[torch.Tensor]:
+    return [rounded.coded.index, rounded.coded.scale, rounded.target, rounded.loss]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "planes of 8"])
@@ -205,8 +209,8 @@ def test_two_runs_agree_bit_for_bit(kind):
     W, factor, book = a_case(kind, n=40, rows=8)
     first = round_matrix(W, factor, book, row_scales(W))
     again = round_matrix(W.clone(), factorize(moments_of(40, 1)), a_codebook(kind), row_scales(W))
-    for name in ("index", "scale", "target", "loss"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
+    for one, other in zip(numbers(first), numbers(again), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,9 +218,9 @@ def test_a_row_of_zeros_stays_zero(kind):
     W, factor, book = a_case(kind, n=24)
     W[2] = 0
     rounded = round_matrix(W, factor, book, row_scales(W))
-    assert (rounded.scale > 0).all()
-    assert rounded.weight()[2].abs().max() < 1e-10
-    assert all(torch.isfinite(getattr(rounded, name)).all() for name in ("scale", "target", "loss"))
+    assert (rounded.coded.scale > 0).all()
+    assert rounded.coded.weight()[2].abs().max() < 1e-10
+    assert all(torch.isfinite(tensor).all() for tensor in numbers(rounded))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,9 +229,9 @@ def test_a_huge_outlier_leaves_everything_finite(kind):
     before = round_matrix(W, factor, book, row_scales(W))
     W[1, 5] = 1e12
     rounded = round_matrix(W, factor, book, row_scales(W))
-    assert all(torch.isfinite(getattr(rounded, name)).all() for name in ("scale", "target", "loss"))
+    assert all(torch.isfinite(tensor).all() for tensor in numbers(rounded))
     others = [0, 2, 3, 4]
-    assert torch.equal(rounded.index[others], before.index[others])
+    assert torch.equal(rounded.coded.index[others], before.coded.index[others])
 
 
 def test_row_scales_are_shares_of_the_root_mean_square():
@@ -241,7 +245,7 @@ def test_row_scales_are_shares_of_the_root_mean_square():
 def test_round_matrix_refuses_what_does_not_fit(n, inputs):
     W, factor = torch.ones(2, n), factorize(torch.eye(inputs))
     got = f"rows of {n} weights, moments of {inputs} inputs, vectors of 4"
-    with pytest.raises(ValueError, match=got + ".*pad both"):
+    with pytest.raises(ValueError, match=got + ".*pad them"):
         round_matrix(W, factor, lattice(4), row_scales(W))
 
 
@@ -260,16 +264,16 @@ def test_refit_is_the_least_squares_solution(kind):
     W, factor, book = a_case(kind, n=12, rows=40)
     rounded = round_matrix(W, factor, book, row_scales(W))
     d, k = book.A.shape
-    q = torch.cat([digits_of(rounded.index, k, book.levels), torch.ones(40, 3, 1)], dim=2).double()
+    q = torch.cat([digits_of(rounded.coded.index, k, book.levels), torch.ones(40, 3, 1)], dim=2).double()
     columns = []  # one for each of the d (k + 1) numbers: what it adds to the output, row below row
     for i in range(d):
         for j in range(k + 1):
             change = torch.zeros(40, 3, d, dtype=torch.float64)
-            change[:, :, i] = rounded.scale[:, None] * q[:, :, j]
+            change[:, :, i] = rounded.coded.scale[:, None] * q[:, :, j]
             columns.append((change.flatten(1) @ factor.C).flatten())
     wanted = (W.double() @ factor.C).flatten()
     solution = torch.linalg.lstsq(torch.stack(columns, dim=1), wanted).solution.view(d, k + 1)
-    refitted = refit(W, rounded, factor.H)
+    refitted = refit(W, rounded.coded, factor.H)
     assert refitted.levels == book.levels
     torch.testing.assert_close(refitted.A, solution[:, :k].float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(refitted.b, solution[:, k].float(), rtol=1e-3, atol=1e-4)
@@ -279,8 +283,8 @@ def test_refit_is_the_least_squares_solution(kind):
 def test_refit_never_raises_the_loss_of_fixed_codes(kind, vectors, rows, seed):
     W, factor, book = a_case(kind, n=4 * vectors, rows=rows, seed=seed)
     rounded = round_matrix(W, factor, book, row_scales(W))
-    decoded = refit(W, rounded, factor.H).decode(rounded.index).flatten(1) * rounded.scale[:, None]
-    before, after = exact_loss(rounded.weight(), W, factor).sum(), exact_loss(decoded, W, factor).sum()
+    decoded = refit(W, rounded.coded, factor.H).decode(rounded.coded.index).flatten(1) * rounded.coded.scale[:, None]
+    before, after = exact_loss(rounded.coded.weight(), W, factor).sum(), exact_loss(decoded, W, factor).sum()
     assert after <= before * (1 + 1e-5)
 
 
@@ -288,5 +292,5 @@ def test_refit_pays_where_the_codebook_does_not_suit_the_weights():
     W, factor, _ = a_case("planes", n=24, rows=40)
     unsuited = AffineCodebook(1.3 * torch.eye(4), torch.full((4,), 0.2), 4)
     rounded = round_matrix(W, factor, unsuited, row_scales(W))
-    decoded = refit(W, rounded, factor.H).decode(rounded.index).flatten(1) * rounded.scale[:, None]
-    assert exact_loss(decoded, W, factor).sum() < 0.95 * exact_loss(rounded.weight(), W, factor).sum()
+    decoded = refit(W, rounded.coded, factor.H).decode(rounded.coded.index).flatten(1) * rounded.coded.scale[:, None]
+    assert exact_loss(decoded, W, factor).sum() < 0.95 * exact_loss(rounded.coded.weight(), W, factor).sum()

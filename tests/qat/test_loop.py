@@ -1,10 +1,9 @@
 """The training loop: where it starts, what it moves and by how much, and that it can be stopped and trusted.
 
-Checked: the first loss is that of the quantized model; every trainable number gets a gradient and moves,
-no other does; the schedule; the distillation loss against torch's own, in value and gradient; one step is
-its rate in bins; an interrupted run ends bit by bit like an uninterrupted one; damaged or foreign
-checkpoints, bad numbers and bad arguments are refused by name and change nothing; autocast, gradient
-checkpointing, accelerate.
+Checked: the first loss is that of the quantized model; every trainable number gets a gradient and moves, no other
+does; one step is its rate in units; an interrupted run ends bit by bit like an uninterrupted one, also from another
+start, as the file is the truth; damaged checkpoints and those of other runs, bad numbers and bad arguments are refused
+by name and change nothing; autocast, gradient checkpointing, accelerate.
 """
 
 import copy
@@ -15,18 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from kinds import KINDS, method
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcqat_min.harness.evaluate import kl_to
-from lcqat_min.ptq.matrix import CODEBOOKS, QuantConfig
-from lcqat_min.ptq.model import quant_layers, quantize
-from lcqat_min.qat import checkpoint
-from lcqat_min.qat import loss as distillation
-from lcqat_min.qat.loop import TrainConfig, bin_width, distillation_loss, parameter_groups, train
+from lcqat_min.layer.linear import quant_layers
+from lcqat_min.ptq.model import quantize
+from lcqat_min.qat.config import TrainConfig
+from lcqat_min.qat.loop import parameter_groups, train
+from lcqat_min.qat.loss import distillation_loss
 
 Pair = tuple[nn.Module, nn.Module]  # the unquantized model and its quantized copy
 
@@ -37,13 +34,13 @@ def pair(tiny_llama: Callable[..., nn.Module]) -> Callable[..., Pair]:
     made: dict[tuple, Pair] = {}
     ids = torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(1))
 
-    def make(kind: str = "planes", **settings: object) -> Pair:
-        key = (kind, *settings.items())
+    def make(kind: str = "planes", seed: int = 0, **settings: object) -> Pair:
+        key = (kind, seed, *settings.items())
         if key not in made:
             teacher = tiny_llama().eval()
             model = copy.deepcopy(teacher)
-            config = QuantConfig(codebook=kind, dim=2, skip=("layers.1", "lm_head"), **settings)
-            quantize(model, [ids], config)
+            config = method(kind, dim=2, **settings)
+            quantize(model, [ids], config, skip=("layers.1", "lm_head"), seed=seed)
             made[key] = teacher, model
         return copy.deepcopy(made[key])
 
@@ -68,7 +65,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- where it starts, what it moves -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_first_loss_is_that_of_the_quantized_model(pair, kind):
     teacher, model = pair(kind)
     ids, losses = next(stream()), []
@@ -87,7 +84,7 @@ def test_without_a_teacher_the_loss_is_that_of_the_next_token(pair):
 
 
 @pytest.mark.parametrize("learn", [True, False])
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trainable_moves_and_nothing_else(pair, kind, learn):
     teacher, model = pair(kind, learn_codebook=learn)
     model.model.layers[1].mlp.requires_grad_(False)
@@ -118,32 +115,32 @@ def test_what_is_trainable_moves_and_nothing_else(pair, kind, learn):
     assert not changed & {name for name, _ in model.named_buffers()}
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_brings_the_model_nearer_to_its_teacher(pair, kind):
     teacher, model = pair(kind)
     ids = next(stream())
     before = kl_to(teacher, model, ids.flatten(), window=16)
-    codes = {name: layer.codes() for name, layer in quant_layers(model)}
+    start = {name: layer.indices() for name, layer in quant_layers(model)}
     history = train(model, [ids] * 30, TrainConfig(30, lr_latents=0.03), teacher)
     assert kl_to(teacher, model, ids.flatten(), window=16) < 0.6 * before
-    flipped = sum((layer.codes() != codes[name]).sum().item() for name, layer in quant_layers(model))
-    assert history[-1]["flips"] == flipped / sum(c.numel() for c in codes.values())
+    flipped = sum((layer.indices() != start[name]).sum().item() for name, layer in quant_layers(model))
+    assert history[-1]["flips"] == flipped / sum(index.numel() for index in start.values())
     assert (flipped > 0) == (kind != "table")
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
     teacher, model = pair(kind)
     rates = {"lr_latents": 0.03, "lr_scales": 2e-3, "lr_codebooks": 3e-3, "lr_rest": 4e-4}
     config = TrainConfig(1, **rates, warmup=0, decay=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    width = {f"{name}.latent": bin_width(layer) for name, layer in quant_layers(model) if kind != "table"}
+    units = {f"{name}.latent": layer.units()["latent"][1] for name, layer in quant_layers(model) if kind != "table"}
     train(model, stream(), config, teacher)
     for name, p in model.named_parameters():
         moved, last = (p - before[name]).abs().median().item(), name.rpartition(".")[2]
         size = before[name[:-1] + "A" if last == "b" else name].square().mean().sqrt().item()
         expected = {
-            "latent": 0.03 * width.get(name, 0),
+            "latent": 0.03 * units.get(name, 0),
             "row_scale": 2e-3 * size,
             "col_scale": 2e-3 * size,
             "A": 3e-3 * size,
@@ -156,15 +153,16 @@ def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
 
 
 def test_a_bin_is_one_on_a_grid_two_between_bits_and_the_step_where_it_is_learned(pair):
-    widths = {}
+    units = {}
     for kind in ("scalar", "lattice", "planes", "step"):
         _, layer = next(quant_layers(pair(kind)[1]))
-        widths[kind] = bin_width(layer)
-    step = layer.row_scale.mean().item()
-    assert widths == {"scalar": 1, "lattice": 1, "planes": 2, "step": pytest.approx(step)}
+        units[kind] = layer.units()["latent"]
+    step = pytest.approx(layer.row_scale.mean().item())
+    bins = {"scalar": 1, "lattice": 1, "planes": 2, "step": step}
+    assert units == {kind: ("latents", size) for kind, size in bins.items()}
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_trainable_tensor_is_in_one_group(pair, kind):
     _, model = pair(kind)
     groups = parameter_groups(model, TrainConfig(1))
@@ -175,14 +173,14 @@ def test_every_trainable_tensor_is_in_one_group(pair, kind):
         **dict.fromkeys(("A", "b", "table"), "codebooks"),
     }
     for group in groups:
-        assert group["kind"] == kinds.get(group["name"].rpartition(".")[2], "rest")
+        assert group["group"] == kinds.get(group["name"].rpartition(".")[2], "rest")
         assert group["full_lr"] > 0
 
 
 def test_rows_of_the_history(pair):
     teacher, model = pair("planes")
     before, losses = {name: p.detach().clone() for name, p in model.named_parameters()}, []
-    config = TrainConfig(7, log_every=3, lr_latents=0.1)
+    config = TrainConfig(7, log_every=3, lr_latents=0.1, log_movement=True)
     history = train(model, stream(), config, teacher, on_step=lambda step, loss: losses.append(loss))
     assert [row["step"] for row in history] == [3, 6, 7]
     assert [row["tokens"] for row in history] == [96, 192, 224]
@@ -198,13 +196,15 @@ def test_rows_of_the_history(pair):
             for what in ("grad", "moved")
             for kind in ("latents", "scales", "codebooks", "rest")
         )
+    keys = train(pair("planes")[1], stream(), TrainConfig(1), teacher)[0].keys()
+    assert {"flips", "grad_rest"} < keys and not any(key.startswith("moved") for key in keys)
 
 
 def test_a_teacher_is_evaluated_and_not_changed(tiny_gpt2, generator):
     teacher = tiny_gpt2()
     model = copy.deepcopy(teacher)
     ids = torch.randint(97, (2, 16), generator=generator)
-    quantize(model, [ids], QuantConfig(codebook="scalar", skip=("h.1.", "lm_head")))
+    quantize(model, [ids], method("scalar"), skip=("h.1.", "lm_head"))
     expected, before, losses = kl_to(teacher, model, ids.flatten(), window=16), state(teacher), []
     for module in teacher.modules():
         if isinstance(module, nn.Dropout):
@@ -213,55 +213,6 @@ def test_a_teacher_is_evaluated_and_not_changed(tiny_gpt2, generator):
     assert losses == [pytest.approx(expected, abs=1e-4)]
     assert same(state(teacher), before)
     assert all(p.grad is None for p in teacher.parameters())
-
-
-# --- schedule and loss --------------------------------------------------------------------------------------
-
-
-@given(steps=st.integers(1, 3000), warmup=st.floats(0, 1), decay=st.floats(0, 1))
-def test_phases_sum_to_the_steps_and_the_rate_ends_near_zero(steps, warmup, decay):
-    share = max(1.0, warmup + decay)
-    config = TrainConfig(steps, warmup=warmup / share, decay=min(decay / share, 1 - warmup / share))
-    up, stable, down = config.phases()
-    assert up + stable + down == steps
-    assert min(up, stable, down) >= 0
-    rates = [config.rate(step) for step in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[:up] == sorted(rates[:up])
-    assert rates[up:] == sorted(rates[up:], reverse=True)
-    assert rates[up : up + stable] == [1.0] * stable
-    assert down == 0 or rates[-1] == pytest.approx(1 / (down + 1))
-
-
-def test_two_phases_that_both_round_up():
-    assert TrainConfig(3, warmup=0.5, decay=0.5).phases() == (2, 0, 1)
-
-
-@pytest.mark.parametrize("elements", [1 << 25, 1, 40])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_distillation_loss_is_kl_div(generator, monkeypatch, dtype, tolerance, elements):
-    monkeypatch.setattr(distillation, "KL_ELEMENTS", elements)
-    student, teacher = (3 * torch.randn(2, 5, 19, generator=generator).to(dtype) for _ in range(2))
-    student.requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    log_t, log_s = (logits.flatten(0, 1).double().log_softmax(1) for logits in (teacher, exact))
-    expected = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-    (3 * expected).backward()
-    loss = distillation_loss(student, teacher)
-    (3 * loss).backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert student.grad.dtype == dtype
-    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=2 * tolerance, atol=tolerance * 0.1)
-
-
-def test_distillation_gradients_survive_fp16_under_a_loss_scaler(generator):
-    student = torch.randn(2000, 64, generator=generator).half().requires_grad_()
-    loss = distillation_loss(student, torch.zeros(2000, 64, dtype=torch.float16))
-    (2.0**12 * loss).backward()
-    probability = student.detach().float().softmax(1)
-    expected = (probability - 1 / 64) / 2000 * 2.0**12
-    torch.testing.assert_close(student.grad.float(), expected, rtol=2e-3, atol=1e-5)
 
 
 def test_vocabularies_must_agree(pair):
@@ -328,39 +279,38 @@ def test_checkpoints_of_other_runs_are_refused(pair, tmp_path):
     refused(pair("planes")[1], teacher, replace(RUN, lr_latents=0.2), path, other_run)
     refused(pair("step")[1], teacher, RUN, path, other_run)
     refused(pair("planes", learn_codebook=False)[1], teacher, RUN, path, other_run)
-    refused(pair("planes", seed=3)[1], teacher, RUN, path, r"another model \('model\..*' differs\).*delete")
-    refused(trained, teacher, RUN, path, "another model")
+    refused(pair("planes", rotate="none")[1], teacher, RUN, path, other_run)  # without signs
     refused(pair("planes")[1], None, RUN, path, other_run)  # another loss
     save_file({"weight": torch.ones(3)}, path)
     refused(pair("planes")[1], teacher, RUN, path, other_run)
 
 
-def test_a_start_that_differs_in_last_digits_is_the_same_start(pair, tmp_path):
-    path = tmp_path / "run.safetensors"
-    teacher, model = pair("planes")
-    whole = train(model, stream(), RUN, teacher)
-    stopped, begun_elsewhere = pair("planes")[1], pair("planes")[1]
+@pytest.mark.parametrize("kind", ["planes", "table"])
+def test_the_file_is_the_truth_for_a_model_of_the_same_shape(pair, tmp_path, kind):
+    """From other signs, frozen codebooks and indices, scales and latents the run still ends bit by bit as it began."""
+    config, path = replace(RUN, log_movement=True), tmp_path / "run.safetensors"
+    teacher, model = pair(kind, learn_codebook=False)
+    expected = train(model, stream(), config, teacher)
+    stopped, other = pair(kind, learn_codebook=False)[1], pair(kind, learn_codebook=False, seed=3)[1]
     with pytest.raises(Stop):
-        train(stopped, stream(), RUN, teacher, checkpoint=path, on_step=stop_after(5))
+        train(stopped, stream(), config, teacher, checkpoint=path, on_step=stop_after(5))
     with torch.no_grad():
-        for parameter in begun_elsewhere.parameters():
-            parameter *= 1 + 5e-4  # further than a step goes: movement counts from where the run began
-    history = train(begun_elsewhere, stream(), RUN, teacher, checkpoint=path)
-    assert [row["flips"] for row in history] == [row["flips"] for row in whole]
-    for key in ("loss", "moved_rest", "moved_scales", "moved_latents"):
-        assert [row[key] for row in history] == pytest.approx([row[key] for row in whole], rel=0.01)
-    for one, other in zip(begun_elsewhere.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        other.model.embed_tokens.weight.mul_(2)
+    assert not same(state(other), state(pair(kind, learn_codebook=False)[1]))
+    assert train(other, stream(), config, teacher, checkpoint=path) == expected
+    assert same(state(other), state(model))
 
 
-def test_codes_without_latents_belong_to_the_start(pair, tmp_path):
-    path = tmp_path / "run.safetensors"
-    teacher, model = pair("table")
-    train(model, stream(), RUN, teacher, checkpoint=path)
-    other = pair("table")[1]
-    for _, layer in quant_layers(other):
-        layer.index.copy_(layer.index.flip(0))
-    refused(other, teacher, RUN, path, r"another model \('model\..*index' differs\)")
+def test_a_checkpoint_holds_no_copy_of_the_start_unless_movement_is_logged(pair, tmp_path):
+    path, sizes = tmp_path / "run.safetensors", {}
+    for logged in (False, True):
+        teacher, model = pair("planes")
+        path.unlink(missing_ok=True)
+        train(model, stream(), replace(RUN, log_movement=logged), teacher, checkpoint=path)
+        sizes[logged] = sum(tensor.nbytes for name, tensor in load_file(path).items() if name.startswith("start."))
+    indices = [layer.indices() for _, layer in quant_layers(model)]
+    assert sizes[False] == sum(index.numel() for index in indices)  # one byte each
+    assert sizes[True] - sizes[False] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"\xff" * 64, lambda data: b""])
@@ -369,7 +319,7 @@ def test_a_damaged_checkpoint_says_so(pair, tmp_path, damage):
     teacher, model = pair("planes")
     train(model, stream(), RUN, teacher, checkpoint=path)
     path.write_bytes(damage(path.read_bytes()))
-    refused(pair("planes")[1], teacher, RUN, path, r"run\.safetensors is .* no whole checkpoint, delete it")
+    refused(pair("planes")[1], teacher, RUN, path, r"run\.safetensors is .*damaged.*: delete it to start again")
 
 
 def test_a_checkpoint_that_could_not_be_written_is_named_before_the_first_step(pair, tmp_path, monkeypatch):
@@ -377,7 +327,7 @@ def test_a_checkpoint_that_could_not_be_written_is_named_before_the_first_step(p
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it now raises ImportError
     before = state(model)
-    with pytest.raises(ImportError, match="needs safetensors, .*pip install safetensors"):
+    with pytest.raises(ImportError, match="needs safetensors: `pip install safetensors`"):
         train(model, stream(), RUN, teacher, checkpoint=tmp_path / "run.safetensors")
     assert same(state(model), before)
     train(model, stream(), TrainConfig(1), teacher)
@@ -387,7 +337,8 @@ def test_a_half_written_file_is_ignored_and_a_home_is_found(pair, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     path = tmp_path / "run.safetensors"
-    path.with_name(path.name + ".part").write_bytes(b"half")
+    path.with_name(path.name + ".part").mkdir()
+    (path.with_name(path.name + ".part") / ".tmp").write_bytes(b"half")
     teacher, model = pair("planes")
     history = train(model, stream(), RUN, teacher, checkpoint=Path("~") / path.name)
     _, plain = pair("planes")
@@ -416,7 +367,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(pair):
         if step == 2:
             model.model.layers[0].mlp.up_proj.row_scale.data[1] = float("inf")
 
-    message = r"nan at step 3; 'model\.layers\.0\.mlp\.up_proj\.row_scale' is the first parameter"
+    message = r"nan at step 3; 'model\.layers\.0\.mlp\.up_proj\.row_scale' holds NaN or infinity"
     with pytest.raises(FloatingPointError, match=message):
         train(model, stream(), TrainConfig(5), teacher, on_step=poison)
     assert not model.training
@@ -426,7 +377,7 @@ def test_a_gradient_that_is_not_finite_names_the_layer_and_reaches_no_parameter(
     teacher, model = pair("planes")
     model.model.layers[0].mlp.up_proj.A.register_hook(lambda grad: grad * float("nan"))
     before = state(model)
-    with pytest.raises(FloatingPointError, match=r"nan at step 0; .*'model\.layers\.0\.mlp\.up_proj\.A'"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 0; the gradient of 'model\.layers\.0\.mlp\.up_proj\.A'"):
         train(model, stream(), TrainConfig(5), teacher)
     assert same(state(model), before)
 
@@ -445,22 +396,6 @@ def test_a_model_cannot_teach_itself(pair):
         train(model, stream(), TrainConfig(1), teacher=model)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"steps": 0}, "steps 0"),
-        ({"steps": 1, "log_every": 0}, "log_every 0"),
-        ({"steps": 1, "checkpoint_every": 0}, "checkpoint_every 0"),
-        ({"steps": 9, "warmup": 0.6, "decay": 0.5}, "warmup 0.6 and decay 0.5"),
-        ({"steps": 9, "warmup": -0.1}, "warmup -0.1"),
-        ({"steps": 9, "clip": 0.0}, "clip is 0.0.*above 0"),
-    ],
-)
-def test_wrong_settings(wrong, match):
-    with pytest.raises(ValueError, match=match):
-        TrainConfig(**wrong)
-
-
 def test_why_latents_are_fp32():
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -477,7 +412,7 @@ def test_parameters_in_low_precision_train_only_after_float(tiny_llama, generato
     model = tiny_llama().to(dtype)
     teacher = copy.deepcopy(model)
     ids = torch.randint(97, (2, 16), generator=generator)
-    quantize(model, [ids], QuantConfig(codebook="scalar", skip=("layers.1", "lm_head")))
+    quantize(model, [ids], method("scalar"), skip=("layers.1", "lm_head"))
     before = state(model)
     with pytest.raises(TypeError, match=rf"'model\.embed_tokens\.weight' is {dtype}.*model\.float\(\)"):
         train(model, [ids], TrainConfig(1), teacher)
@@ -566,6 +501,7 @@ class LossScaler:
     """An accelerator as for fp16: the second of two processes, with losses scaled up for backward."""
 
     is_main_process, num_processes, scaler, gradient_accumulation_steps = False, 2, object(), 1
+    wait_for_everyone = staticmethod(lambda: None)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         self.model, self.param_groups, self.optimizer = model, optimizer.param_groups, optimizer
@@ -607,26 +543,6 @@ def test_an_overflow_is_left_to_the_scaler(pair):
     assert same(state(model), before)
 
 
-def test_a_frozen_codebook_belongs_to_the_start(pair, tmp_path):
-    path = tmp_path / "run.safetensors"
-    teacher, model = pair("planes", learn_codebook=False)
-    train(model, stream(), RUN, teacher, checkpoint=path)
-    other = pair("planes", learn_codebook=False)[1]
-    with torch.no_grad():
-        next(layer for _, layer in quant_layers(other)).A.mul_(1.5)
-    refused(other, teacher, RUN, path, r"another model \('model\..*A' differs\)")
-
-
-def test_a_start_with_three_percent_of_other_numbers_is_another(pair, tmp_path):
-    path = tmp_path / "run.safetensors"
-    teacher, model = pair("planes")
-    train(model, stream(), RUN, teacher, checkpoint=path)
-    other = pair("planes")[1]
-    with torch.no_grad():
-        other.model.embed_tokens.weight.flatten()[: 97 * 32 * 3 // 100].mul_(2)
-    refused(other, teacher, RUN, path, r"another model \('model.embed_tokens.weight' differs\)")
-
-
 def test_tokens_of_ragged_batches_are_counted_one_by_one(pair):
     teacher, model = pair("planes")
     batches = [next(stream())[:, :width] for width in (16, 4, 8)]
@@ -648,11 +564,6 @@ def test_the_optimizer_is_adam_with_these_means(pair):
     torch.testing.assert_close(weight.detach(), by_hand, rtol=1e-5, atol=1e-7)
 
 
-def test_the_first_rate_of_a_warm_up():
-    config = TrainConfig(100, warmup=0.2)
-    assert [config.rate(0), config.rate(19), config.rate(20)] == pytest.approx([1 / 21, 20 / 21, 1])
-
-
 def test_the_model_is_in_training_mode_while_it_trains(pair):
     teacher, model = pair("planes")
     seen = []
@@ -664,7 +575,7 @@ def test_nothing_to_train_and_batches_that_would_be_summed_are_named(pair):
     teacher, model = pair("planes")
     accumulating = LossScaler()
     accumulating.gradient_accumulation_steps = 8
-    with pytest.raises(ValueError, match="accumulates 8 batches a step"):
+    with pytest.raises(ValueError, match="accumulates 8 batches per step"):
         train(model, stream(), TrainConfig(1), teacher, accelerator=accumulating)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         train(model.requires_grad_(False), stream(), TrainConfig(1), teacher)
@@ -672,7 +583,7 @@ def test_nothing_to_train_and_batches_that_would_be_summed_are_named(pair):
 
 def test_nothing_to_distil_is_named(pair):
     teacher, model = pair("planes")
-    with pytest.raises(ValueError, match="no layer whose codes can be trained: quantize"):
+    with pytest.raises(ValueError, match="no layer to train: quantize"):
         train(copy.deepcopy(teacher), stream(), TrainConfig(1), teacher)
     with pytest.raises(ValueError, match="the model itself, or quantized"):
         train(model, stream(), TrainConfig(1), copy.deepcopy(model))
@@ -695,23 +606,4 @@ def test_tokens_of_another_tokenizer_are_named(pair):
         with pytest.raises(ValueError, match=f"a training batch holds tokens .*{what}"):
             train(model, [batch], TrainConfig(1), teacher)
         with pytest.raises(ValueError, match=f"a calibration batch holds tokens .*{what}"):
-            quantize(copy.deepcopy(teacher), [batch], QuantConfig())
-
-
-@pytest.mark.parametrize("rate", ["lr_latents", "lr_scales", "lr_codebooks", "lr_rest"])
-@pytest.mark.parametrize("value", [-1e-4, float("nan")])
-def test_rates_below_nothing_are_refused(rate, value):
-    with pytest.raises(ValueError, match="learning rates .* must be 0"):
-        TrainConfig(1, **{rate: value})
-
-
-def test_processes_that_resume_apart_are_told(monkeypatch):
-    def gather(found: list, done: int) -> None:
-        found[:] = 2, done
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    checkpoint.agree(2)
-    with pytest.raises(ValueError, match=r"resume after \[2, 0\] steps"):
-        checkpoint.agree(0)
+            quantize(copy.deepcopy(teacher), [batch], method())

@@ -2,7 +2,7 @@
 
 import math
 
-from lcqat_min.qat.loop import TrainConfig
+from lcqat_min.qat.config import TrainConfig
 
 
 def the_other_way_round(student, teacher):

@@ -1,0 +1,91 @@
+"""What a file keeps of a layer: indices as bytes, signs as bits, scales and codebook as 16-bit floats.
+
+    weight       uint8 [out, bytes]   packed codes: each row is one big-endian bit string of m-bit indices, padded with
+                                      zeros to a whole byte
+    row_scale    fp16 [out]           r / unit
+    unit         bf16 [1]             a power of two: 1, except where r leaves the range of fp16
+    col_scale    fp16 [in]            c
+    A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]
+    signs_in     uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as indices are; only on sides that
+    signs_out    uint8 [out / 8]      are rotated
+
+At 2 bits a byte holds four weights, whether d is 1, 2 or 4; with d = 8 a vector takes two bytes.
+
+Why fp16: bf16 would change the outputs more (8 bits where fp16 has 11), and fp32 would cost 0.1 bits per weight more at
+width 256. What fp16 lacks is range: it loses digits below 6e-5 and ends at 65504. Row scales that leave this range are
+multiplied by a power of two, which is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..codebook.affine import AffineCodebook
+from ..codebook.bitstring import pack_bits, unpack_bits
+from ..codebook.matrix import Codebook, CodedMatrix
+from ..codebook.table import TableCodebook
+
+FP16_NORMAL = 2.0**-14, 65504.0  # the range in which fp16 has all of its 11 bits
+SMALLEST = 2.0**-24  # above zero, in fp16
+
+
+def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """row_scale, its unit and `numbers` as a file keeps them. ValueError for a number that fp16 cannot hold."""
+    unit = _unit(row_scale.detach().abs())
+    scaled = {"row_scale": row_scale / unit, **numbers}
+    halves = {key: value.detach().half() for key, value in scaled.items()}
+    halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
+    for key, half in halves.items():
+        if not torch.isfinite(half).all():
+            largest = scaled[key].abs().max().item()
+            raise ValueError(f"{key} reaches {largest:.3g}, and fp16 ends at 65504: train at a lower rate")
+    return halves | {"unit": torch.tensor([unit], dtype=torch.bfloat16, device=row_scale.device)}
+
+
+def _unit(scales: Tensor) -> float:
+    largest = scales.max().item()
+    smallest = torch.where(scales > 0, scales, largest).min().item()
+    fits = FP16_NORMAL[0] <= smallest and largest <= FP16_NORMAL[1]
+    if fits or not 0 < largest < math.inf:
+        return 1.0
+    exponent = math.frexp(largest * (1 + 2**-11))[1]  # the factor: the largest may be rounded up
+    return 2.0 ** max(exponent - 15, -126)  # in this unit the largest is 2^14 ... 2^15
+
+
+def row_scale_of(stored: Mapping[str, Tensor]) -> Tensor:
+    """r, fp32 [out]."""
+    return stored["row_scale"].float() * stored["unit"].float()
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """-1 and +1 [n] -> uint8 [n / 8]."""
+    return pack_bits((signs > 0).long()[None], 1)[0]
+
+
+def unpack_signs(packed: Tensor, width: int) -> Tensor:
+    """Inverse of pack_signs: fp32 [width]."""
+    return 2.0 * unpack_bits(packed[None], 1, width)[0].float() - 1
+
+
+def signs_of(stored: Mapping[str, Tensor], inputs: int) -> tuple[Tensor | None, Tensor | None]:
+    """s_in and s_out of a stored layer."""
+    widths = {"signs_in": inputs, "signs_out": len(stored["weight"])}
+    s_in, s_out = (unpack_signs(stored[key], width) if key in stored else None for key, width in widths.items())
+    return s_in, s_out
+
+
+def coded_matrix_of(stored: Mapping[str, Tensor], inputs: int) -> CodedMatrix:
+    """The codebook, the indices and the row scales of a stored layer."""
+    book = codebook_from(stored)
+    return CodedMatrix(book, unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim)), row_scale_of(stored))
+
+
+def codebook_from(stored: Mapping[str, Tensor]) -> Codebook:
+    """The codebook of a stored layer, in fp32: planes, or a table."""
+    if "table" in stored:
+        return TableCodebook(stored["table"].float())
+    return AffineCodebook(stored["A"].float(), stored["b"].float(), levels=2)

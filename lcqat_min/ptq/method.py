@@ -1,0 +1,104 @@
+"""Method: what `quantize` asks of a way to quantize, and the steps that ways share.
+
+    method = method.start(layers, generator)             once per model; most methods have nothing to do here
+    layer = method.layer(W, H, bias, generator)          once per linear layer -> a QuantLinear
+
+To add a system, write a subclass: settings are fields, `layer` makes the layer, and systems/__init__.py gives it a
+name. CONTRIBUTING.md has a complete example. A method may use as much of the rest as it likes:
+
+    signs        random signs of the rotation
+    prepare      W and H in units of their own size, rotated, padded to whole vectors; H damped and factored
+    round_layer  rounding with error feedback at the best of a few scales per row, with refits (ptq/matrix.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..codebook.matrix import CodedMatrix
+from ..errors import UsageError
+from ..layer.linear import QuantLinear, Signs
+from ..layer.rotation import random_signs, rotate
+from ..layer.units import in_units
+from .moments import Factor, factorize
+
+ROTATIONS = ("none", "input", "both")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """W fp32 [out, n] in the basis of the codes, in units of `unit`; the factor of the second moments in that basis."""
+
+    W: Tensor
+    factor: Factor
+    unit: float
+
+    def in_weights(self, coded: CodedMatrix) -> CodedMatrix:
+        """`coded`, a rounding of W, in the unit of the weights that were given."""
+        return replace(coded, scale=coded.scale * self.unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """rotate     none | input | both: where the block-Hadamard rotation acts
+    feedback   carry rounding errors to the next columns (LDLQ), or round plainly
+    damping    added to the diagonal of the second moments, as a share of its mean; raised when needed
+    refits     rounds of rounding again at scales nearby, with a codebook that is fitted to the layer's outputs
+    """
+
+    rotate: str = "both"
+    feedback: bool = True
+    damping: float = 0.01
+    refits: int = 1
+
+    def __post_init__(self) -> None:
+        self.check("rotate", ROTATIONS)
+        if not 0 <= self.damping < 1 or self.refits < 0:
+            got = f"damping is {self.damping} and refits {self.refits}"
+            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and refits a count, 0 or more")
+
+    def check(self, name: str, allowed: Sequence[str]) -> None:
+        """UsageError where the field `name` has none of the values `allowed`."""
+        if (value := getattr(self, name)) not in allowed:
+            raise UsageError(f"{type(self).__name__}.{name} is {value!r}; choose one of {', '.join(allowed)}")
+
+    def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> Method:
+        """The method with what it learns from all layers together. `generator` must be left as it is."""
+        return self
+
+    def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> QuantLinear:
+        """The quantized layer of W, fp32 [out, n], for inputs with second moments H, fp64 [n, n]."""
+        raise NotImplementedError
+
+    def signs(self, W: Tensor, generator: torch.Generator) -> Signs:
+        """Random signs for the inputs and the outputs of W [out, n], on its device; None where it is not rotated."""
+        rows, columns = W.shape
+        signs_in = random_signs(columns, generator).to(W.device) if self.rotate != "none" else None
+        signs_out = random_signs(rows, generator).to(W.device) if self.rotate == "both" else None
+        return signs_in, signs_out
+
+    def prepare(self, W: Tensor, H: Tensor, signs: Signs, dim: int) -> Prepared:
+        """W [out, n] and H [n, n] as rounding wants them, in vectors of `dim` weights."""
+        (W, unit), (H, _) = in_units(W), in_units(H)
+        if signs[0] is not None:
+            H = rotate(rotate(H, signs[0].double()).T, signs[0].double())
+        n = len(H)
+        H = pad(pad(H, dim).T, dim)
+        H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error hardly counts
+        return Prepared(pad(rotated(W, signs), dim), factorize(H, self.damping), unit)
+
+
+def rotated(W: Tensor, signs: Signs) -> Tensor:
+    """W [out, in], rotated on the sides whose signs are given."""
+    signs_in, signs_out = signs
+    W = W if signs_in is None else rotate(W, signs_in)
+    return W if signs_out is None else rotate(W.T, signs_out).T.contiguous()
+
+
+def pad(x: Tensor, dim: int) -> Tensor:
+    """The last dimension, with zeros added up to a multiple of `dim`."""
+    return nn.functional.pad(x, (0, -x.shape[-1] % dim))
