@@ -25,22 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the place of the compiler
 from lcqat_min.kernels import triton_kernels as kernels  # noqa: E402
 from lcqat_min.kernels.triton_kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that one program may have
-POINTERS = {
-    "x": "*fp32",
-    "A": "*fp32",
-    "b": "*fp32",
-    "table": "*fp32",
-    "row_scale": "*fp32",
-    "scale": "*fp32",
-    "constant": "*fp32",
-    "partial": "*fp32",
-    "digits": "*i8",
-    "codes": "*u8",
-}
 STEP = 1024  # bytes of a row that the dequantize kernel takes at once here: a weight of 4096 columns
 
 
@@ -50,51 +39,40 @@ class Case:
 
     name: str
     kernel: object
+    pointers: dict[str, str]
     constants: dict[str, int]
-    weights: int
-    bar: float | None
-    types: dict[str, str]
+    weights: int = 0
+    bar: float | None = None
 
 
 def cases(target: str, quick: bool) -> list[Case]:
-    """The variants that packed_linear and dequantize launch: levels, columns of x (tokens * limbs), dtypes."""
-    tile, weights = {"ROWS": TILE_ROWS, "BYTES": TILE_BYTES}, 4 * TILE_ROWS * TILE_BYTES
+    """The variants that product and dequantize launch: columns of x (tokens * limbs), sizes of a vector."""
+    numbers = dict.fromkeys(("x", "A", "b", "scale", "constant", "partial"), "*fp32")
     columns = (16,) if target.startswith("gfx") else (8,) if quick else (8, 16, 32)
-    found = [
+    fused = [
         Case(
-            f"fused {2 * width} levels, {count} columns",
+            f"fused, {count} columns",
             kernels.fused_kernel,
-            {"WIDTH": width, "COLUMNS": count, **tile},
-            weights,
+            numbers | {"digits": "*i8", "codes": "*i8"},
+            {"COLUMNS": count, "ROWS": TILE_ROWS, "BYTES": TILE_BYTES},
+            4 * TILE_ROWS * TILE_BYTES,
             4.5,
-            {"codes": "*i8"},
         )
-        for width in (2, 1)
         for count in columns
     ]
-    found += [
-        Case(f"dequantize {dtype}", kernels.dequantize_kernel, {"BYTES": STEP}, 4 * STEP, 3.5, {"weight": f"*{dtype}"})
-        for dtype in (("bf16",) if quick else ("bf16", "fp16"))
-    ]
-    folds = {
-        "scalar": (1, 1, 2),
-        "tied planes d=4": (4, 4, 2),
-        "untied planes d=4": (4, 8, 1),
-        "untied planes d=8": (8, 16, 1),
-    }
-    found += [
+    words = {"codes": "*u8", "table": "*i64", "words": "*i64"}
+    dequantize = Case("dequantize", kernels.dequantize_kernel, words, {"BYTES": STEP}, 4 * STEP, 2.5)
+    fold = [
         Case(
-            f"fold {name}, {limbs} limbs",
+            f"fold d={d}, {limbs} limbs",
             kernels.fold_kernel,
-            {"D": d, "K": k, "WIDTH": width, "LIMBS": limbs, "BYTES": TILE_BYTES},
-            0,
-            None,
-            {},
+            numbers | {"digits": "*i8"},
+            {"D": d, "K": 2 * d, "LIMBS": limbs, "BYTES": TILE_BYTES},
         )
-        for name, (d, k, width) in folds.items()
-        for limbs in (2, 3)
+        for d in ((4,) if quick else (1, 4, 8))
+        for limbs in ((2,) if quick else (2, 3))
     ]
-    return found[:4] if quick else found
+    return [*fused, dequantize, *fold]
 
 
 def compile_case(case: Case, target: str):
@@ -102,13 +80,11 @@ def compile_case(case: Case, target: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    jitted = kernels._jit(case.kernel)
-    types = {**POINTERS, **case.types}
-    signature = {name: "constexpr" if name in case.constants else types.get(name, "i32") for name in jitted.arg_names}
-    lengths = ("rows", "row_bytes", "inputs") + (("columns",) if case.kernel is kernels.dequantize_kernel else ())
-    aligned = [i for i, name in enumerate(jitted.arg_names) if signature[name].startswith("*") or name in lengths]
-    constants = {(jitted.arg_names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(jitted, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else case.pointers.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if name in (*case.pointers, "rows", "row_bytes", "inputs")]
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(case.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     return compile(source, target=gpu, options={"num_warps": 4, "num_stages": 3})
 
@@ -189,7 +165,6 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="sm_90 and batch 1 only; write no file")
     args = options.parse_args()
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the place of the compiler
     rows = []
     print(f"{'kernel':<34}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}  instructions a weight")
     for target in ("sm_90",) if args.quick else SHARED:

@@ -23,13 +23,13 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import unpack_bits
 from ..codebook.matrix import Codebook
 
-WORKSPACE = 1 << 22  # bytes of decoded weights at a time: they stay in the cache, and chunks are few
+WORKSPACE = 1 << 23  # bytes of decoded weights at a time: they stay in the cache, and parts are few
 
 
 def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:
     """D h: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
     rows = max(1, WORKSPACE // (4 * h.shape[1]))
-    return torch.cat([h @ decode(part, book, h.shape[1]).T for part in codes.split(rows)], dim=1)
+    return torch.cat([decode(part, book, h.shape[1]) @ h.T for part in codes.split(rows)]).T
 
 
 def decode(codes: Tensor, book: Codebook, columns: int) -> Tensor:
@@ -59,7 +59,9 @@ def one_bit(device: torch.device) -> AffineCodebook:
 
 def _look_up(codes: Tensor, table: Tensor) -> Tensor:
     """uint8 [rows, bytes], fp32 [256, w] -> fp32 [rows, bytes * w]."""
-    if table.shape[1] != 4 or codes.device.type != "cpu" or torch.compiler.is_compiling():
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if table.shape[1] != 4 or codes.device.type != "cpu" or traced:
         return F.embedding(codes.int(), table).flatten(1)
-    four = table.contiguous().view(torch.complex128).flatten()  # one number of 16 bytes is copied faster than four
+    # One number of 16 bytes is copied faster than four of 4 bytes. Programs that trace this know no such numbers.
+    four = table.contiguous().view(torch.complex128).flatten()
     return four.index_select(0, codes.int().flatten()).view(torch.float32).view(len(codes), -1)

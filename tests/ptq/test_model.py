@@ -21,11 +21,8 @@ from lcqat_min import TrainConfig, kl_to, train
 from lcqat_min import codebook as cb
 from lcqat_min.codebook.lloyd import fit, mean_squared_error
 from lcqat_min.codebook.table import table_start
-from lcqat_min.kernels import decode as cpu
-from lcqat_min.kernels import fold as folded
 from lcqat_min.layer import rotation
 from lcqat_min.layer.linear import AffineLinear, quant_layers
-from lcqat_min.packing import layer as packed
 from lcqat_min.packing.convert import pack_layers
 from lcqat_min.ptq import lcqat, matrix
 from lcqat_min.ptq import model as convert
@@ -579,10 +576,9 @@ def test_a_model_that_was_quantized_in_inference_mode_can_be_trained(tiny_llama,
 
 def whole_path(model: nn.Module, batches: list[torch.Tensor], config: Method) -> list[torch.Tensor]:
     """All that comes out of it: quantized, trained for a step, measured, packed; nothing that was kept is used."""
-    for module in (rotation, packed, cpu, folded):
-        for kept in vars(module).values():
-            if hasattr(kept, "cache_clear") and not hasattr(kept, "cache_info"):
-                kept.cache_clear()
+    for kept in vars(rotation).values():
+        if hasattr(kept, "cache_clear") and not hasattr(kept, "cache_info"):
+            kept.cache_clear()
     teacher = copy.deepcopy(model)
     losses = [report.loss for report in quantize(model, batches, config)]
     losses += [row["loss"] for row in train(model, batches, TrainConfig(1), teacher)]
@@ -605,7 +601,7 @@ def whole_path(model: nn.Module, batches: list[torch.Tensor], config: Method) ->
         ("table", 2, ""),
     ],
 )
-def test_the_default_dtype_does_not_matter(odd_net, batches, monkeypatch, kind, d, more):
+def test_the_default_dtype_does_not_matter(odd_net, batches, kind, d, more):
     batches, config = [batch % 11 for batch in batches], method(kind, dim=d, refits=0)
     if more == "max":  # one scale per row: the search takes long
         config = replace(config, scale="max")
