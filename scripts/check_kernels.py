@@ -30,7 +30,6 @@ from lcqat_min.kernels import triton_kernels as kernels  # noqa: E402
 from lcqat_min.kernels.triton_kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that one program may have
-STEP = 1024  # bytes of a row that the dequantize kernel takes at once here: a weight of 4096 columns
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Case:
 
 
 def cases(target: str, quick: bool) -> list[Case]:
-    """The variants that product and dequantize launch: columns of x (tokens * limbs), sizes of a vector."""
+    """The variants that product launches: columns of x (tokens * limbs), sizes of a vector."""
     numbers = dict.fromkeys(("x", "A", "b", "scale", "constant", "partial"), "*fp32")
     columns = (16,) if target.startswith("gfx") else (8,) if quick else (8, 16, 32)
     fused = [
@@ -60,8 +59,6 @@ def cases(target: str, quick: bool) -> list[Case]:
         )
         for count in columns
     ]
-    words = {"codes": "*u8", "table": "*i64", "words": "*i64"}
-    dequantize = Case("dequantize", kernels.dequantize_kernel, words, {"BYTES": STEP}, 4 * STEP, 2.5)
     fold = [
         Case(
             f"fold d={d}, {limbs} limbs",
@@ -72,7 +69,7 @@ def cases(target: str, quick: bool) -> list[Case]:
         for d in ((4,) if quick else (1, 4, 8))
         for limbs in ((2,) if quick else (2, 3))
     ]
-    return [*fused, dequantize, *fold]
+    return [*fused, *fold]
 
 
 def compile_case(case: Case, target: str):

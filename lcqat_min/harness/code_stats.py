@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..packing.convert import specs_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dic
     if before is not None and _shapes(before) != _shapes(indices):
         raise ValueError("`before` has other layers or shapes than the model: give what indices_of returned for it")
     stats = {}
-    for name, spec in specs_of(model).items():
-        usage = torch.bincount(indices[name].flatten(), minlength=1 << spec.bits)
+    for name, index in indices.items():
+        usage = torch.bincount(index.flatten(), minlength=1 << model.get_submodule(name).codebook().bits)
         p = usage[usage > 0].double() / usage.sum()
-        flips = None if before is None else (indices[name] != before[name]).double().mean().item()
+        flips = None if before is None else (index != before[name]).double().mean().item()
         stats[name] = CodeStats(usage, -(p * p.log2()).sum().item(), flips)
     return stats
 

@@ -11,18 +11,13 @@ of x' = A^T x for each bit of the codes. A table of free vectors has no A to fol
 Every affine codebook has this form. A digit of four levels is q = hi + lo / 2 with hi, lo = -1 or +1, so the scalar
 grid and the lattice are planes, too, exactly and index by index (`AffineCodebook.as_planes`).
 
-Two ways to multiply with signs:
-
-by_signs     Decode the bits as kernels/decode.py decodes weights. This is faster than to decode vectors that do not
-             fill a byte evenly (d = 3, d > 4).
-by_planes    One sum for each of the eight bits of a byte, which a compiler makes one loop of: either a compiler that
-             traces the program around it, or torch.compile, called here (by_compiled_planes). The kernels for GPUs do
-             the same in integers (kernels/triton_kernels.py).
+`sum_of_signs` makes one sum for each of the eight bits of a byte. Done step by step, that is slower than decoding
+(kernels/decode.py), because every step writes its result. A compiler makes one loop of it: either one that traces the
+program around it (`by_planes`), or torch.compile, called here (`by_compiled_planes`). The kernels for GPUs do the same
+in integers (kernels/triton_kernels.py).
 
 Limits: torch.compile needs a C++ compiler and takes seconds at the first call.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
@@ -32,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
-from .decode import by_decoding, one_bit
 
 SIGN_BIT = -(1 << 31)
 
@@ -54,14 +48,8 @@ def sum_of_signs(parts: Tensor, codes: Tensor) -> Tensor:
     )
 
 
-def by_signs(x: Tensor, codes: Tensor, planes: AffineCodebook) -> Tensor:
-    """D x: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
-    folded, constant = fold(x, codes.shape[1], planes)
-    return by_decoding(folded, codes, one_bit(codes.device)) + constant[:, None]
-
-
 def by_planes(x: Tensor, codes: Tensor, planes: AffineCodebook, multiply: Callable = sum_of_signs) -> Tensor:
-    """The same, without chunks."""
+    """D x: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
     folded, constant = fold(x, codes.shape[1], planes)  # few and small steps: called faster than compiled
     return multiply(folded.unflatten(1, (-1, 8)).permute(2, 0, 1).contiguous(), codes) + constant[:, None]
 

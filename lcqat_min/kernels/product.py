@@ -1,26 +1,22 @@
 """D h with packed codes: who computes it, and what happens when the fastest way fails.
 
-    product(h, codes, book, dtype)             D h for activations h [M, in] that are rotated and scaled already
-    dequantize(codes, book, columns, dtype)    D itself, dense
+    product(h, codes, book, dtype)      D h for activations h [M, in] that are rotated and scaled already
 
                                 few rows of h, affine codebook      many rows, or a table
-    on a CPU                    decode.by_decoding or, for d = 3    decode.by_decoding
-                                and d > 4, fold.by_signs
+    on a CPU                    decode.by_decoding                  decode.by_decoding
     on a CPU, compiled=True     fold.by_compiled_planes             decode.by_decoding
     within torch.compile        fold.by_planes                      decoded whole
-    on a GPU                    triton_kernels.launch_fused         decoded whole by triton_kernels.launch_dequantize
+    on a GPU                    triton_kernels.launch_fused         decoded whole
     torch.jit.trace and
     torch.export, gradients     decoded whole                       decoded whole
 
 The place of the tensors decides, whatever else the machine has. triton is imported when the first kernel is launched.
 "Decoded whole" is a dense D and a dense product.
 
-Fast ways may be missing: a compiler, a driver, a package. `attempt` then warns once and plain torch takes their place.
-With LCQAT_STRICT=1 in the environment the failure is raised instead: tests run so, as a way that is replaced in silence
-would pass them.
+The fast ways may be missing: a compiler, a driver, a package. `attempt` then warns once and plain torch takes their
+place. With LCQAT_STRICT=1 in the environment the failure is raised instead: tests run so, as a way that is replaced in
+silence would pass them.
 """
-
-from __future__ import annotations
 
 import os
 import warnings
@@ -31,8 +27,8 @@ from torch import Tensor
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.matrix import Codebook
-from .decode import by_decoding, byte_table, decode
-from .fold import by_compiled_planes, by_planes, by_signs
+from .decode import by_decoding, decode
+from .fold import by_compiled_planes, by_planes
 
 FEW_ROWS = 16  # of h. For more, the dense product costs more than decoding. On GPUs a prediction: nothing was timed yet
 
@@ -47,29 +43,18 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
     _check(h, codes, book)
     whole = is_recorded() or (torch.is_grad_enabled() and h.requires_grad)
     planes = book.as_planes() if not whole and 0 < h.shape[0] <= FEW_ROWS else None
-    compiling = torch.compiler.is_compiling()
-    if planes is not None:
-        if on_gpu(h):
-            if (y := attempt(fused, h, codes, planes, dtype)) is not None:
-                return y
-        elif compiling:
-            return by_planes(h, codes, planes)
-        elif compiled and (y := attempt(by_compiled_planes, h, codes, planes)) is not None:
-            return y
-        elif 8 % book.bits:
-            return by_signs(h, codes, planes)
+    compiling, y = torch.compiler.is_compiling(), None
+    if planes is not None and on_gpu(h):
+        y = attempt(fused, h, codes, planes, dtype)
+    elif planes is not None and compiling:
+        y = by_planes(h, codes, planes)
+    elif planes is not None and compiled:
+        y = attempt(by_compiled_planes, h, codes, planes)
+    if y is not None:
+        return y
     if whole or compiling or on_gpu(h):  # for a compiler, parts would be nodes of its graph by the thousand
-        return _by_dense(h, codes, book, dtype)
+        return _by_dense(h, codes, book, dtype if on_gpu(h) else torch.float32)
     return by_decoding(h, codes, book)
-
-
-def dequantize(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype) -> Tensor:
-    """D: packed codes uint8 [rows, bytes] -> `dtype` [rows, columns]."""
-    if on_gpu(codes) and dtype != torch.float32 and 8 % book.bits == 0:
-        weight = attempt(looked_up, codes, byte_table(book).to(dtype), columns)
-        if weight is not None:
-            return weight
-    return decode(codes, book, columns).to(dtype)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -90,14 +75,7 @@ def fused(h: Tensor, codes: Tensor, planes: AffineCodebook, dtype: torch.dtype) 
     return torch.cat([launch_fused(part, codes, planes, limbs) for part in h.split(MOST_COLUMNS // limbs)])
 
 
-def looked_up(codes: Tensor, table: Tensor, columns: int) -> Tensor:
-    """D by the dequantize kernel."""
-    from .triton_kernels import launch_dequantize
-
-    return launch_dequantize(codes, table, columns)
-
-
-_failed: set[str] = set()  # names of what failed once and is not tried again
+_failed: set[str] = set()  # names of ways that failed once and are not tried again
 
 
 def attempt(way: Callable[..., Tensor], *arguments) -> Tensor | None:
@@ -105,29 +83,24 @@ def attempt(way: Callable[..., Tensor], *arguments) -> Tensor | None:
 
     Running out of GPU memory is never caught, and nothing is where LCQAT_STRICT=1.
     """
-    strict = os.environ.get("LCQAT_STRICT") == "1"
-    if way.__name__ in _failed and not strict:
+    strict, name = os.environ.get("LCQAT_STRICT") == "1", way.__name__
+    if name in _failed and not strict:
         return None
     try:
         return way(*arguments)
     except Exception as error:
         if strict or isinstance(error, torch.OutOfMemoryError):
             raise
-        _failed.add(way.__name__)
-        remedy = ", or `pip install triton`" if isinstance(error, ImportError) else ""
-        warnings.warn(
-            f"{way.__name__} failed, so plain torch takes its place. Wait longer{remedy}. "
-            f"Cause: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _failed.add(name)
+        needs = "On a GPU it needs `pip install triton`, on a CPU a C++ compiler"
+        warnings.warn(f"{name} failed, so slower torch takes its place. {needs}. {error!r}", RuntimeWarning, 2)
         return None
 
 
 def _by_dense(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    D = dequantize(codes, book, h.shape[1], dtype if on_gpu(h) else torch.float32)
-    if D.dtype != torch.float16:
-        return (h.to(D.dtype) @ D.T).float()
+    D = decode(codes, book, h.shape[1], dtype)
+    if dtype != torch.float16:
+        return (h.to(dtype) @ D.T).float()
     # fp16 ends at 65504, and D h has no row scales yet: each row of h is multiplied in units of its largest number.
     unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)
     return ((h / unit).half() @ D.T).float() * unit
@@ -136,12 +109,8 @@ def _by_dense(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype) -> T
 def _check(h: Tensor, codes: Tensor, book: Codebook) -> None:
     row_bytes = -(-(-(-h.shape[1] // book.dim) * book.bits) // 8)
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
-        raise ValueError(
-            f"product: the packed codes are {codes.dtype} {list(codes.shape)}; {h.shape[1]} inputs in vectors of "
-            f"{book.dim} at {book.bits} bits need uint8 [out, {row_bytes}]. Make them with pack_bits."
-        )
+        needed = f"{h.shape[1]} inputs need uint8 [out, {row_bytes}], as pack_bits makes them"
+        raise ValueError(f"product: the packed codes are {codes.dtype} {list(codes.shape)}; {needed}")
     if not h.device == codes.device == book.device:
-        raise ValueError(
-            f"product: h is on {h.device}, the packed codes on {codes.device}, the codebook on {book.device}; "
-            "move all to one device with .to()."
-        )
+        places = f"h is on {h.device}, the packed codes on {codes.device}, the codebook on {book.device}"
+        raise ValueError(f"product: {places}; move all to one device with .to()")

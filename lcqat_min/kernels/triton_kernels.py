@@ -1,4 +1,4 @@
-"""Triton kernels for packed 2-bit weights: the fused product of few rows, and the dense weight for many.
+"""Triton kernels for packed 2-bit weights: the fused product of few rows of x with the codes of an affine codebook.
 
 What has to be moved. A product of one token with a weight of N numbers reads 2 N bytes in bf16, N / 4 in codes:
 8 times fewer. A GPU with 4.3 TB/s and 132 multiprocessors at 1.98 GHz then has 1.95 instructions per weight to
@@ -16,17 +16,14 @@ what counts, and three consequences of w_hat = A q + b with q = -1 or +1 save th
      to spare. Two carry more than bf16 or fp16 do, three as much as fp32. Sums in a tile are exact integers, and
      no sum depends on the order of threads: the same input gives the same bits.
 
-A table has no A to fold: it is decoded. So is a weight for many rows of x, where the dense product on tensor cores
-costs more than decoding. A byte of codes is then one lookup, in shared memory, of one word: four weights of 16 bits.
+A table has no A to fold: it is decoded, by plain torch (kernels/decode.py). So is a weight for many rows of x, where
+the dense product on tensor cores costs more than decoding.
 
 `scripts/check_kernels.py` counts instructions without a GPU (results/kernels_aot.json); `scripts/bench_kernels.py`
 measures on one. This module needs triton but no driver; kernels/product.py imports it where a tensor is on a GPU.
 
-Limits: arithmetic is fp32 or integer, never bf16, which Triton's interpreter computes wrongly. fp32 weights, and
-vectors that do not fill a byte evenly (d = 3 and d > 4), have no kernel to decode them; torch does it.
+Limits: arithmetic is fp32 or integer, never bf16, which Triton's interpreter computes wrongly.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -39,7 +36,6 @@ from ..codebook.affine import AffineCodebook
 LEAST_COLUMNS, MOST_COLUMNS = (16, 16) if torch.version.hip else (8, 32)
 TILE_ROWS, TILE_BYTES = 64, 128  # of codes: what one program of the fused kernel takes in one step
 PROGRAMS = 512  # programs wanted, to fill a GPU: small weights are split along the inputs as well
-DECODE_BYTES = 2048  # bytes of a row decoded in one step, at most
 
 
 def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -> Tensor:
@@ -53,28 +49,14 @@ def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -
     partial = h.new_empty((triton.cdiv(blocks, each), columns, rows))
     A, b, codes = planes.A.contiguous(), planes.b.contiguous(), codes.contiguous().view(torch.int8)
     sizes = {"D": planes.dim, "K": planes.bits, "LIMBS": limbs, "BYTES": TILE_BYTES}
-    tile = {"COLUMNS": columns_of(columns), "ROWS": TILE_ROWS, "BYTES": TILE_BYTES, "num_warps": 4, "num_stages": 3}
+    width = max(LEAST_COLUMNS, triton.next_power_of_2(columns))
+    tile = {"COLUMNS": width, "ROWS": TILE_ROWS, "BYTES": TILE_BYTES, "num_warps": 4, "num_stages": 3}
     with torch.cuda.device_of(h):  # Triton launches on the current device
         fold_kernel[tokens, blocks](h.contiguous(), A, b, digits, scale, constant, inputs, tokens, blocks, **sizes)
         fused_kernel[tiles, len(partial)](
             codes, digits, scale, constant, partial, rows, row_bytes, blocks, columns, each, **tile
         )
     return partial.view(-1, tokens, rows).sum(0)
-
-
-def columns_of(count: int) -> int:
-    """COLUMNS of the fused kernel for `count` limbs of tokens: a power of two, and one that tensor cores take."""
-    return max(LEAST_COLUMNS, triton.next_power_of_2(count))
-
-
-def launch_dequantize(codes: Tensor, table: Tensor, columns: int) -> Tensor:
-    """table[codes]: packed codes uint8 [rows, bytes], table fp16 or bf16 [256, 4] -> its dtype, [rows, columns]."""
-    rows, row_bytes = codes.shape
-    words = torch.empty((rows, row_bytes), dtype=torch.int64, device=codes.device)
-    step = min(DECODE_BYTES, max(128, triton.next_power_of_2(row_bytes)))
-    with torch.cuda.device_of(codes):
-        dequantize_kernel[rows,](codes.contiguous(), table.view(torch.int64), words, row_bytes, BYTES=step)
-    return words.view(table.dtype)[:, :columns]
 
 
 @triton.jit
@@ -144,14 +126,3 @@ def fused_kernel(
         total += (high.to(tl.float32) * 0.0625 + low.to(tl.float32)) * unit[None, :] + shift[None, :]
     out = partial + (tl.program_id(1) * columns + column).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out, total, mask=(row < rows)[:, None] & known[None, :])
-
-
-@triton.jit
-def dequantize_kernel(codes, table, words, row_bytes, BYTES: tl.constexpr):
-    """One row: words[byte] = table[codes[byte]], four weights of 16 bits at once. Offsets of rows are int64."""
-    row = tl.program_id(0).to(tl.int64) * row_bytes
-    entries = tl.load(table + tl.arange(0, 256))
-    for first in range(0, row_bytes, BYTES):
-        byte = first + tl.arange(0, BYTES)
-        code = tl.load(codes + row + byte, mask=byte < row_bytes, other=0).to(tl.int32)
-        tl.store(words + row + byte, tl.gather(entries, code, 0), mask=byte < row_bytes)

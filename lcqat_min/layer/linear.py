@@ -25,8 +25,7 @@ Limits: each forward pass writes the dense weight. Inference from packed codes d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundar
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias, the forward pass and what a file keeps. A subclass gives the methods that raise here.
+    """Scales, rotation, bias and the forward pass. A subclass gives the methods that raise here.
 
     coded: the codes and scales to start from. in_features: may be less than the columns of codes, which are padded.
     signs: of the rotation, for the inputs and the outputs.
@@ -76,7 +75,7 @@ class QuantLinear(nn.Module):
         raise NotImplementedError
 
     def settings(self) -> dict[str, object]:
-        """What `from_stored` needs besides tensors, as plain JSON values."""
+        """Arguments that bring the layer back from a file, besides tensors, as plain JSON values."""
         return {}
 
     def units(self) -> dict[str, tuple[str, float]]:
@@ -102,43 +101,9 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors of this layer as a file keeps them (layer/stored.py), without the bias."""
-        from ..codebook.bitstring import pack_bits
-        from .stored import halves_of, pack_signs  # for files only
-
-        book = self.codebook()
-        tensors = {"weight": pack_bits(self.indices(), book.bits)}
-        tensors |= halves_of(self.row_scale, {"col_scale": self.col_scale, **book.tensors()})
-        signs = {"signs_in": self.signs_in, "signs_out": self.signs_out}
-        return tensors | {key: pack_signs(value) for key, value in signs.items() if value is not None}
-
-    @classmethod
-    def from_stored(
-        cls, stored: Mapping[str, Tensor], in_features: int, bias: Tensor | None, **settings
-    ) -> QuantLinear:
-        """The layer of these tensors, in training again: it starts on its codes. settings: what `settings` gave."""
-        from .stored import coded_matrix_of, signs_of
-
-        layer = cls(coded_matrix_of(stored, in_features), in_features, bias, signs_of(stored, in_features), **settings)
-        layer.col_scale.data.copy_(stored["col_scale"])
-        return layer
-
-    def share_codebook(self, other: QuantLinear) -> None:
-        """Learn the codebook together with `other`, of the same kind."""
-        for name in self.learned:
-            setattr(self, name, getattr(other, name))
-
-    @torch.no_grad()
-    def to_storage_precision(self) -> None:
-        """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
-        from .stored import halves_of, row_scale_of
-
-        numbers = {name: getattr(self, name) for name in ("col_scale", *self.learned)}
-        halves = halves_of(self.row_scale, numbers)
-        self.row_scale.copy_(row_scale_of(halves))
-        for name, value in numbers.items():
-            value.copy_(halves[name])
+    def set_row_scale(self, scale: Tensor) -> None:
+        """Change r in place; the codes stay as they are."""
+        self.row_scale.data.copy_(scale)
 
     def extra_repr(self) -> str:
         sides = [side for side in ("in", "out") if getattr(self, f"signs_{side}") is not None]
@@ -149,8 +114,7 @@ class AffineLinear(QuantLinear):
     """w_hat = A q + b with q rounded from latents: the paper's lattice (4 levels), bit-planes (2 levels).
 
     target: fp32 [out, n], in units of the row scales: what each vector was rounded from, which the latents then keep;
-    None: they start on the codes. estimator: of the gradient (layer/surrogate.py). levels: of a digit, if not the
-    codebook's.
+    None: they start on the codes. estimator: of the gradient (layer/surrogate.py). learn_codebook: A and b train.
     """
 
     method = "lcqat"
@@ -165,11 +129,8 @@ class AffineLinear(QuantLinear):
         target: Tensor | None = None,
         estimator: str = "ste",
         learn_codebook: bool = True,
-        levels: int | None = None,
     ):
         super().__init__(coded, in_features, bias, signs)
-        if levels is not None:  # a file holds every codebook as planes
-            coded = replace(coded, codebook=coded.codebook.with_levels(levels))
         self.levels, self.estimator = coded.codebook.levels, estimator
         self.A = nn.Parameter(coded.codebook.A.clone(), requires_grad=learn_codebook)
         self.b = nn.Parameter(coded.codebook.b.clone(), requires_grad=learn_codebook)

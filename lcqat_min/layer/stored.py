@@ -3,7 +3,7 @@
     weight       uint8 [out, bytes]   packed codes: each row is one big-endian bit string of m-bit indices, padded with
                                       zeros to a whole byte
     row_scale    fp16 [out]           r / unit
-    unit         bf16 [1]             a power of two: 1, except where r leaves the range of fp16
+    unit         bf16 [1]             a power of two, such that the largest of row_scale is from 2^14 to 2^15
     col_scale    fp16 [in]            c
     A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]
     signs_in     uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as indices are; only on sides that
@@ -12,11 +12,9 @@
 At 2 bits a byte holds four weights, whether d is 1, 2 or 4; with d = 8 a vector takes two bytes.
 
 Why fp16: bf16 would change the outputs more (8 bits where fp16 has 11), and fp32 would cost 0.1 bits per weight more at
-width 256. What fp16 lacks is range: it loses digits below 6e-5 and ends at 65504. Row scales that leave this range are
-multiplied by a power of two, which is exact.
+width 256. What fp16 lacks is range: it loses digits below 6e-5 and ends at 65504. So row scales are multiplied by a
+power of two, which is exact.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -28,32 +26,56 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import pack_bits, unpack_bits
 from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.table import TableCodebook
+from .linear import QuantLinear, Signs
 
-FP16_NORMAL = 2.0**-14, 65504.0  # the range in which fp16 has all of its 11 bits
+DTYPES = {"weight": torch.uint8, "signs_in": torch.uint8, "signs_out": torch.uint8, "unit": torch.bfloat16}
+DTYPES |= {"row_scale": torch.float16, "col_scale": torch.float16}  # all others are of the codebook, and fp16
 SMALLEST = 2.0**-24  # above zero, in fp16
+
+
+def tensors_of(layer: QuantLinear) -> dict[str, Tensor]:
+    """The tensors of `layer` as a file keeps them, without the bias. ValueError for a number that fp16 cannot hold."""
+    book = layer.codebook()
+    tensors = {"weight": pack_bits(layer.indices(), book.bits)}
+    tensors |= halves_of(layer.row_scale, {"col_scale": layer.col_scale, **book.tensors()})
+    signs = {"signs_in": layer.signs_in, "signs_out": layer.signs_out}
+    packed = {key: pack_bits((s > 0).long()[None], 1)[0] for key, s in signs.items() if s is not None}
+    return tensors | packed
+
+
+def layer_from(
+    kind: type[QuantLinear], stored: Mapping[str, Tensor], bias: Tensor | None, levels: int = 2, **settings
+) -> QuantLinear:
+    """The layer of these tensors, in training again: it starts on its codes. settings: what its `settings` gave."""
+    coded = CodedMatrix(codebook_of(stored, levels), indices_of(stored), row_scale_of(stored))
+    layer = kind(coded, len(stored["col_scale"]), bias, signs_of(stored), **settings)
+    layer.col_scale.data.copy_(stored["col_scale"])
+    return layer
+
+
+@torch.no_grad()
+def round_to_storage(layer: QuantLinear) -> None:
+    """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
+    numbers = {name: getattr(layer, name) for name in ("col_scale", *layer.learned)}
+    halves = halves_of(layer.row_scale, numbers)
+    layer.set_row_scale(row_scale_of(halves))
+    for name, value in numbers.items():
+        value.copy_(halves[name])
 
 
 def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """row_scale, its unit and `numbers` as a file keeps them. ValueError for a number that fp16 cannot hold."""
-    unit = _unit(row_scale.detach().abs())
-    scaled = {"row_scale": row_scale / unit, **numbers}
+    largest = row_scale.abs().max().item()
+    exponent = math.frexp(largest * (1 + 2**-11))[1] - 15 if 0 < largest < math.inf else 0  # it may be rounded up
+    unit = torch.tensor([2.0 ** max(exponent, -100)], dtype=torch.bfloat16, device=row_scale.device)
+    scaled = {"row_scale": row_scale / unit.float(), **numbers}
     halves = {key: value.detach().half() for key, value in scaled.items()}
     halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
     for key, half in halves.items():
         if not torch.isfinite(half).all():
             largest = scaled[key].abs().max().item()
             raise ValueError(f"{key} reaches {largest:.3g}, and fp16 ends at 65504: train at a lower rate")
-    return halves | {"unit": torch.tensor([unit], dtype=torch.bfloat16, device=row_scale.device)}
-
-
-def _unit(scales: Tensor) -> float:
-    largest = scales.max().item()
-    smallest = torch.where(scales > 0, scales, largest).min().item()
-    fits = FP16_NORMAL[0] <= smallest and largest <= FP16_NORMAL[1]
-    if fits or not 0 < largest < math.inf:
-        return 1.0
-    exponent = math.frexp(largest * (1 + 2**-11))[1]  # the factor: the largest may be rounded up
-    return 2.0 ** max(exponent - 15, -126)  # in this unit the largest is 2^14 ... 2^15
+    return halves | {"unit": unit}
 
 
 def row_scale_of(stored: Mapping[str, Tensor]) -> Tensor:
@@ -61,31 +83,23 @@ def row_scale_of(stored: Mapping[str, Tensor]) -> Tensor:
     return stored["row_scale"].float() * stored["unit"].float()
 
 
-def pack_signs(signs: Tensor) -> Tensor:
-    """-1 and +1 [n] -> uint8 [n / 8]."""
-    return pack_bits((signs > 0).long()[None], 1)[0]
-
-
-def unpack_signs(packed: Tensor, width: int) -> Tensor:
-    """Inverse of pack_signs: fp32 [width]."""
-    return 2.0 * unpack_bits(packed[None], 1, width)[0].float() - 1
-
-
-def signs_of(stored: Mapping[str, Tensor], inputs: int) -> tuple[Tensor | None, Tensor | None]:
-    """s_in and s_out of a stored layer."""
-    widths = {"signs_in": inputs, "signs_out": len(stored["weight"])}
-    s_in, s_out = (unpack_signs(stored[key], width) if key in stored else None for key, width in widths.items())
+def signs_of(stored: Mapping[str, Tensor]) -> Signs:
+    """s_in and s_out, fp32 [in] and [out]; None for a side that is not rotated."""
+    widths = {"signs_in": len(stored["col_scale"]), "signs_out": len(stored["weight"])}
+    bits = [unpack_bits(stored[key][None], 1, n)[0] if key in stored else None for key, n in widths.items()]
+    s_in, s_out = (None if bit is None else 2.0 * bit - 1 for bit in bits)
     return s_in, s_out
 
 
-def coded_matrix_of(stored: Mapping[str, Tensor], inputs: int) -> CodedMatrix:
-    """The codebook, the indices and the row scales of a stored layer."""
-    book = codebook_from(stored)
-    return CodedMatrix(book, unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim)), row_scale_of(stored))
-
-
-def codebook_from(stored: Mapping[str, Tensor]) -> Codebook:
-    """The codebook of a stored layer, in fp32: planes, or a table."""
+def codebook_of(stored: Mapping[str, Tensor], levels: int = 2) -> Codebook:
+    """The codebook in fp32: a table, or planes, in digits of 2 or 4 levels."""
     if "table" in stored:
         return TableCodebook(stored["table"].float())
-    return AffineCodebook(stored["A"].float(), stored["b"].float(), levels=2)
+    A, b = stored["A"].float(), stored["b"].float()
+    return AffineCodebook(A, b, 2) if levels == 2 else AffineCodebook(A[:, ::2].contiguous(), b, 4)
+
+
+def indices_of(stored: Mapping[str, Tensor]) -> Tensor:
+    """The codebook index of every vector, int64 [out, vectors]."""
+    book = codebook_of(stored)
+    return unpack_bits(stored["weight"], book.bits, -(-len(stored["col_scale"]) // book.dim))

@@ -16,9 +16,6 @@ Limits: between steps 2 and 3 a reader finds no folder for a moment. The folder 
 mount point, since these cannot be renamed, and its parent must be writable.
 """
 
-from __future__ import annotations
-
-import json
 import re
 import shutil
 import warnings
@@ -28,7 +25,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..disk.locks import alone
-from ..disk.tensor_file import save_tensors
 from ..errors import UsageError
 
 SHARD_SIZE = "5GB"  # of tensors in one file; more are written to several files
@@ -42,6 +38,8 @@ def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, rea
     ValueError, before anything is written, for a file, the current folder or a folder of something else, and while
     another process saves there.
     """
+    from huggingface_hub import save_torch_state_dict
+
     folder = folder.expanduser().resolve()
     saving, before = (folder.with_name(folder.name + end) for end in (".saving", ".before-save"))
     is_new = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
@@ -53,7 +51,9 @@ def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, rea
             saving.mkdir()
             _write_description(model, saving)
             _copy_processor(model.config, saving, folder)
-            _write_tensors(tensors, saving)
+            save_torch_state_dict(tensors, saving, max_shard_size=SHARD_SIZE)
+            for file in saving.glob("*.safetensors"):  # nobody else could read it (disk/tensor_file.py)
+                file.chmod((saving / "config.json").stat().st_mode)
             if readme:
                 (saving / "README.md").write_text(f"{TITLE}\n{readme}", encoding="utf-8")
             if folder.exists():
@@ -114,16 +114,3 @@ def _copy_processor(config: object, saving: Path, folder: Path) -> None:
         for file in (*origin.glob("*processor_config.json"), *origin.glob("chat_template.*")):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, saving / file.name)
-
-
-def _write_tensors(tensors: dict[str, Tensor], saving: Path) -> None:
-    """Write one file, or several and the index that says which of them holds which tensor."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
-    for name, keys in split.filename_to_tensors.items():
-        save_tensors({key: tensors[key] for key in keys}, saving / name, {"format": "pt"})
-        (saving / f"{name}.lock").unlink(missing_ok=True)  # Windows keeps it (disk/locks.py)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (saving / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -3,63 +3,56 @@
 `to_storage_precision` rounds a model in training to the numbers that its file will hold. From then on the model, its
 packed layers and its dense export are one and the same map: what was measured is what is shipped.
 
+A codebook that several layers learn together is stored once, by the first of them, its owner.
+
 Limits: latents are not stored. Layers that come back from packed ones start on their codes; they give the same outputs,
 but have lost which codes were about to flip.
 """
 
-from __future__ import annotations
-
-import copy
+from collections.abc import Hashable
 from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layer.linear import QuantLinear, quant_layers
+from ..layer.stored import layer_from, round_to_storage, tensors_of
 from ..systems import layer_of
-from .layer import PackedLinear, PackedSpec, share_codebooks
-
-
-def specs_of(model: nn.Module) -> dict[str, PackedSpec]:
-    """PackedSpec of every quantized layer of `model`, by name: of those in training and of packed ones."""
-    names = {id(module): name for name, module in model.named_modules()}
-    holders: dict[int, list[str]] = {}
-    for name, layer in quant_layers(model):
-        for key in layer.learned[:1]:
-            holders.setdefault(id(getattr(layer, key)), []).append(name)
-    owner_of = {name: shared[0] for shared in holders.values() if len(shared) > 1 for name in shared}
-    specs = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            specs[name] = _spec(layer, owner_of.get(name, ""))
-        elif isinstance(layer, PackedLinear):  # in a part of a packed model its owner has another name than there
-            owner = names.get(id(layer.owner[0]), layer.spec.owner) if layer.spec.owner else ""
-            specs[name] = replace(layer.spec, owner=owner)
-    return specs
+from .layer import PackedLinear, PackedSpec
 
 
 def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Packed layers of `model`, by name, on its device. The model is not changed.
+    """Packed layers of `model`, by name, on its device: of those in training and of packed ones. It is not changed.
 
     UsageError for scales or codebooks that fp16 cannot hold.
     """
-    layers = {}
-    for name, spec in specs_of(model).items():
-        layer = model.get_submodule(name)
-        layers[name] = _renamed(layer, spec) if isinstance(layer, PackedLinear) else _pack(layer, spec, name)
-    share_codebooks(layers)
+    layers: dict[str, PackedLinear] = {}
+    owners: dict[Hashable, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            codebook, tensors, spec = layer.spec.owner or name, layer.stored(), layer.spec
+        elif isinstance(layer, QuantLinear):
+            codebook = id(getattr(layer, layer.learned[0])) if layer.learned else name
+            tensors = _tensors(layer, name)
+            shapes = {key: list(value.shape) for key, value in tensors.items()}
+            spec = PackedSpec(layer.method, shapes, layer.bias is not None, settings=layer.settings())
+        else:
+            continue
+        owner = owners.setdefault(codebook, name)
+        layers[name] = PackedLinear(replace(spec, owner=owner), layers.get(owner))
+        bias = {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
+        layers[name].load_state_dict(tensors | bias, strict=False, assign=True)
     return layers
 
 
 def unpack_layers(layers: dict[str, PackedLinear]) -> dict[str, QuantLinear]:
     """Layers in training with the same weights, by name: latents on the codes, shared codebooks shared again."""
-    made = {}
+    made: dict[str, QuantLinear] = {}
     for name, layer in layers.items():
-        kind, spec = layer_of(layer.spec.method), layer.spec
-        made[name] = kind.from_stored(layer.stored(), spec.inputs, layer.bias, **spec.settings)
-        if spec.owner in made:
-            made[name].share_codebook(made[spec.owner])
+        spec = layer.spec
+        made[name] = layer_from(layer_of(spec.method), layer.stored(), layer.bias, **spec.settings)
+        for key in made[name].learned:
+            setattr(made[name], key, getattr(made.get(spec.owner, made[name]), key))
     return made
 
 
@@ -69,40 +62,13 @@ def to_storage_precision(model: nn.Module) -> None:
     Codes stay the same, and doing it twice changes nothing more. UsageError, before anything is changed, for numbers
     that fp16 cannot hold.
     """
-    for name, layer in quant_layers(model):
-        _stored(layer, name)
+    pack_layers(model)
     for _, layer in quant_layers(model):
-        layer.to_storage_precision()
+        round_to_storage(layer)
 
 
-def _spec(layer: QuantLinear, owner: str) -> PackedSpec:
-    book = layer.codebook()
-    shapes = {key: list(value.shape) for key, value in book.tensors().items()}
-    rotated = layer.signs_in is not None, layer.signs_out is not None
-    sizes = layer.in_features, layer.out_features, book.dim, book.bits
-    return PackedSpec(layer.method, *sizes, shapes, *rotated, layer.bias is not None, owner, layer.settings())
-
-
-def _stored(layer: QuantLinear, name: str) -> dict[str, torch.Tensor]:
+def _tensors(layer: QuantLinear, name: str) -> dict[str, Tensor]:
     try:
-        return layer.stored()
+        return tensors_of(layer)
     except ValueError as error:
         raise UsageError(f"layer {name!r}: {error}") from error
-
-
-def _renamed(layer: PackedLinear, spec: PackedSpec) -> PackedLinear:
-    if layer.spec == spec:
-        return layer
-    twin = copy.copy(layer)
-    twin.spec = spec
-    return twin
-
-
-@torch.no_grad()
-def _pack(layer: QuantLinear, spec: PackedSpec, name: str) -> PackedLinear:
-    packed, tensors = PackedLinear(spec, name), _stored(layer, name)
-    for key in spec.tensors(name):
-        setattr(packed, key, tensors[key])
-    if layer.bias is not None:
-        packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return packed

@@ -17,8 +17,6 @@ starts on the codes (packing/convert.py).
 A folder is replaced whole or not at all, and files in it that are not the model's are kept (packing/atomic_save.py).
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -65,8 +63,7 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     bits = bits_per_weight(model, dtype)
     if dtype is not None:
         tensors |= {key: _cast(key, tensors[key], dtype) for key, _ in model.named_parameters() if key in tensors}
-    for name, layer in layers.items():
-        tensors |= {f"{name}.{key}": value for key, value in layer.named_buffers()}
+    tensors |= {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.named_buffers()}
     specs = {name: asdict(layer.spec) for name, layer in layers.items()}
     plain.config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "layers": specs}
     plain.config.dtype = dtype or model.dtype
@@ -106,9 +103,9 @@ def _class_of(config: dict, folder: Path) -> type:
     name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     files = [folder / f"{str(target).partition('.')[0]}.py" for target in (config.get("auto_map") or {}).values()]
     if not hasattr(transformers, name) or any(file.is_file() for file in files):
+        trust = f"load {folder} with trust_remote_code=True, by the class that its README.md names"
         raise UsageError(
-            f"the code of {name} is not part of transformers, and load_packed runs no other code: if you trust it, "
-            f"import lcqat_min.hf and load {folder} with trust_remote_code=True, by the class that its README.md names"
+            f"the code of {name} is not part of transformers. If you trust it: import lcqat_min.hf, {trust}"
         )
     return getattr(transformers, name)
 
@@ -129,7 +126,9 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{name}.weight"] = weight if isinstance(plain.get_submodule(name), nn.Linear) else weight.T
     plain.config.dtype = model.dtype
     # Some architectures are renamed or fused while they are loaded: write what their published checkpoints hold.
-    write_folder(plain, revert_weight_conversion(plain, tensors), Path(folder))
+    published = revert_weight_conversion(plain, tensors)
+    published = {key: value if key in tensors else value.clone() for key, value in published.items()}  # no slices
+    write_folder(plain, published, Path(folder))
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], dict[str, PackedLinear]]:
@@ -141,16 +140,27 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is not a transformers model: save what pack_layers(model) returns")
     layers, state, tied = pack_layers(model), model.state_dict(), model.all_tied_weights_keys
+    tied = {key: source for key, source in tied.items() if key in state and source in state}
     if not layers:
         raise UsageError("the model has no quantized layer: call quantize first, or use model.save_pretrained")
     if away := [key for key, value in state.items() if value.is_meta]:
         raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model without device_map")
-    for key, source in tied.items():
-        if key in state and source in state and state[key].data_ptr() != state[source].data_ptr():
-            raise UsageError(
-                f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
-                "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
-            )
+    if untied := [key for key, source in tied.items() if state[key].data_ptr() != state[source].data_ptr()]:
+        remedy = "set model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
+        raise UsageError(f"{untied[0]!r} has a weight of its own, but its configuration says that it is tied: {remedy}")
+    plain = _unquantized(model)
+    kept = {key: state[key] for key in state if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    expected = {key: value.shape for key, value in plain.state_dict().items() if key not in tied}
+    found = {key: value.shape for key, value in kept.items() if key not in tied}
+    found |= {key: expected.get(key) for key in (f"{name}.weight" for name in layers)}
+    if strange := sorted(key for key, _ in expected.items() ^ found.items()):
+        remedy = "loaded again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)"
+        raise UsageError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: {remedy}")
+    return model, plain, {key: value for key, value in kept.items() if key not in tied}, layers
+
+
+def _unquantized(model: nn.Module) -> nn.Module:
+    """What the model's configuration builds, without numbers."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     for key in ("quantization_config", "transformers_weights"):  # the latter names a file of the original
@@ -158,21 +168,12 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
     with torch.device("meta"):
         plain = type(model)(config)
     plain.generation_config = getattr(model, "generation_config", None)
-    built = plain.state_dict()
-    kept = {key: state[key] for key in state if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
-    expected = {key: value.shape for key, value in built.items() if key.removesuffix(".weight") not in layers}
-    found = {key: value.shape for key, value in kept.items()}
-    found |= {name: torch.Size() for name in layers if f"{name}.weight" not in built}
-    if strange := sorted(key for key, _ in expected.items() ^ found.items() if key not in tied):
-        raise UsageError(
-            f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded again, it "
-            "would not be the same. Merge or remove what was added to it (adapters, wrappers)."
-        )
-    return model, plain, {key: value for key, value in kept.items() if tied.get(key) not in state}, layers
+    return plain
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
-    if torch.finfo(dtype).max < largest < float("inf"):
+    cast = value.to(dtype) if value.is_floating_point() else value
+    if cast.isinf().any() and not value.isinf().any():
+        largest = value.abs().max().item()
         raise UsageError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or float32")
-    return value.to(dtype) if value.is_floating_point() else value
+    return cast

@@ -2,13 +2,11 @@
 
     config.json    {..., "quantization_config": {"quant_method", "version", "layers": {name: PackedSpec}}}
 
-The name, dtype and shape of every packed tensor follow from the specs (packing/layer.py). They are compared with the
+The specs (packing/layer.py) declare the name, dtype and shape of every packed tensor. They are compared with the
 headers of the tensor files: that finds a file that is truncated, of another model or of another format.
 
 Limits: a changed number is not found. For files that travel, compare a checksum (sha256sum).
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -18,17 +16,11 @@ import torch
 
 from ..disk.tensor_file import reading
 from ..errors import UsageError
-from ..ptq.model import QUANT_METHOD
+from ..ptq.model import IN_TRAINING, QUANT_METHOD
 from .layer import PackedSpec
 
-VERSION = 2
+VERSION = 3
 REMEDY = "copy it again from where it was whole, or save the model again"
-REFUSED = {
-    "in training": "was written by save_pretrained from a model in training, which transformers cannot build: quantize "
-    "the original again with the same settings, load_state_dict the tensors of this folder, and call save_packed",
-    "1": "has format version 1: quantize the original again with this version, or call export_dense in the "
-    "lcqat-min 0.1 that wrote it",
-}
 DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -39,13 +31,13 @@ def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
     """
     method, version = settings.get("quant_method"), settings.get("version")
     if method != QUANT_METHOD:
-        raise UsageError(
-            f"{folder} is not a packed model of lcqat_min (quant_method: {method}): load it with transformers, or give "
-            "a folder that save_packed wrote"
-        )
+        remedy = "load it with transformers, or give a folder that save_packed wrote"
+        raise UsageError(f"{folder} is not a packed model of lcqat_min (quant_method: {method}): {remedy}")
+    if version == IN_TRAINING["version"]:
+        remedy = "quantize the original again, load_state_dict the tensors of this folder, and call save_packed"
+        raise UsageError(f"{folder} was written by save_pretrained from a model in training: {remedy}")
     if version != VERSION:
-        newer = f"has format version {version}, and this lcqat_min reads version {VERSION}: update lcqat_min"
-        raise UsageError(f"{folder} {REFUSED.get(str(version), newer)}")
+        raise UsageError(f"{folder} has format version {version}, not {VERSION}: use the lcqat_min that wrote it")
     try:
         return {name: PackedSpec(**spec) for name, spec in settings["layers"].items()}
     except (LookupError, TypeError, AttributeError) as error:
@@ -66,7 +58,7 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
             slices = {name: stored.get_slice(name) for name in stored.keys()}
             found |= {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     for layer, spec in specs.items():
-        for key, (dtype, shape) in spec.tensors(layer).items():
+        for key, (dtype, shape) in spec.tensors(spec.owner == layer).items():
             want, got = (DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")
             if got != want:
                 raise UsageError(f"tensor {layer}.{key} of {files[0].parent} is {got}, not {want}: {REMEDY}")
@@ -75,10 +67,8 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
 def config_of(folder: Path) -> dict:
     """config.json of a folder; OSError if it is missing or cannot be read, ValueError if it is not a configuration."""
     file, before = folder / "config.json", folder.resolve().with_name(f"{folder.name}.before-save")
-    remedy = (
-        f"a save was interrupted: rename {before} back" if before.is_dir() else "give a folder that save_packed wrote"
-    )
-    with reading(file, remedy):
+    interrupted = f"a save was interrupted: rename {before} back"
+    with reading(file, interrupted if before.is_dir() else "give a folder that save_packed wrote"):
         text = file.read_text(encoding="utf-8")
     try:
         config = json.loads(text)

@@ -13,8 +13,6 @@ Limits: no saving through save_pretrained: use save_packed. No training of packe
 trainable=True) gives trainable ones. num_parameters() does not count packed weights: bits_per_weight(model) does.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import UsageError
 from ..ptq.model import QUANT_METHOD
 from .format import check_tensors, declared_specs
-from .layer import PackedLinear, PackedSpec, share_codebooks
+from .layer import PackedLinear, PackedSpec
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -50,10 +48,10 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         specs = declared_specs(self.quantization_config.to_dict(), files[0].parent)
         check_tensors(files, specs)
-        layers = {name: PackedLinear(spec, name) for name, spec in _shared(specs, model).items()}
-        share_codebooks(layers)
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+        layers: dict[str, PackedLinear] = {}
+        for name, spec in sorted(_shared(specs, model).items(), key=lambda item: item[0] != item[1].owner):  # owners first
+            layers[name] = PackedLinear(spec, layers.get(spec.owner))
+            model.set_submodule(name, layers[name])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
         return model.requires_grad_(False)  # else a forward pass outside no_grad would keep every decoded weight
@@ -71,9 +69,9 @@ def _shared(specs: dict[str, PackedSpec], model: nn.Module) -> dict[str, PackedS
     prefix = f"{model.base_model_prefix}."
     has = {name for name, _ in model.named_modules()}
     names = {name: own for name in specs for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
-    if not names or any(spec.owner and spec.owner not in names for name, spec in specs.items() if name in names):
+    if not names or any(specs[name].owner not in names for name in names):
         raise UsageError(
             f"{type(model).__name__} lacks layers of the packed model, such as {next(iter(specs))!r}: load it with the "
             "class that config.json names under `architectures`"
         )
-    return {own: replace(specs[name], owner=names.get(specs[name].owner, "")) for name, own in names.items()}
+    return {own: replace(specs[name], owner=names[specs[name].owner]) for name, own in names.items()}

@@ -24,6 +24,7 @@ from lcqat_min import TrainConfig, quantize, train
 from lcqat_min.codebook import CodedMatrix, pack_bits, scalar, unpack_bits
 from lcqat_min.harness import indices_of
 from lcqat_min.layer.linear import AffineLinear, QuantLinear
+from lcqat_min.layer.stored import row_scale_of
 from lcqat_min.packing import (
     PackedLinear,
     PackedSpec,
@@ -246,8 +247,8 @@ def test_scales_of_any_size_keep_eleven_bits(values):
     got = layer.row_scale.detach()
     large = wanted >= wanted.max() * 2.0**-28
     assert ((got - wanted).abs() <= wanted * 2.0**-11)[large].all()
-    assert ((got - wanted).abs() <= wanted.max() * 2.0**-38).logical_or(large).all()
-    assert torch.equal(pack_layers(layer)[""].scale(), got)
+    assert ((got - wanted).abs() <= wanted.max() * 2.0**-37).logical_or(large).all()
+    assert torch.equal(row_scale_of(pack_layers(layer)[""].stored()), got)
     to_storage_precision(layer)
     assert torch.equal(layer.row_scale, got)
 
@@ -468,8 +469,10 @@ def test_embeddings_that_fp16_cannot_hold_are_refused(planes, tmp_path):
 
 @pytest.mark.parametrize("width, most", [(256, 2.3), (768, 2.3), (2048, 2.05)])
 def test_promised_sizes(width, most):
+    shapes = {"weight": [width, width // 4], "row_scale": [width], "unit": [1], "col_scale": [width]}
+    shapes |= {"A": [4, 8], "b": [4], "signs_in": [width // 8], "signs_out": [width // 8]}
     with torch.device("meta"):  # only shapes are counted
-        layer = PackedLinear(PackedSpec("lcqat", width, width, 4, 8, {"A": [4, 8], "b": [4]}, True, True, False))
+        layer = PackedLinear(PackedSpec("lcqat", shapes))
     counted = bits_per_weight(layer)
     by_hand = 2 + 16 * (36 + 1 + 2 * width) / width**2 + 2 / width
     assert counted.per_weight == pytest.approx(by_hand, abs=1e-9) and by_hand <= most
@@ -520,6 +523,10 @@ def edit_spec(folder: Path, **changes) -> None:
     edit_config(folder, lambda settings: settings["layers"][NAME].update(changes))
 
 
+def edit_shape(folder: Path, key: str, shape: list[int]) -> None:
+    edit_config(folder, lambda settings: settings["layers"][NAME]["shapes"].update({key: shape}))
+
+
 NAME = "model.layers.0.self_attn.q_proj"
 DAMAGE = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 900), "tensors is truncated or damaged"),
@@ -532,14 +539,12 @@ DAMAGE = {
         lambda f: edit_config(f, lambda q: q.update(version="in training")),
         "by save_pretrained from a model in training.* load_state_dict the tensors",
     ),
-    "older": (
-        lambda f: edit_config(f, lambda q: q.update(version=1)),
-        "version 1: quantize the original again .* or call export_dense in the lcqat-min 0.1 that wrote it",
-    ),
-    "newer": (lambda f: edit_config(f, lambda q: q.update(version=3)), "version 3, .* reads version 2: update lcqat"),
+    "older": (lambda f: edit_config(f, lambda q: q.update(version=1)), "version 1, not 3: use the lcqat_min that wrote it"),
+    "newer": (lambda f: edit_config(f, lambda q: q.update(version=4)), "version 4, not 3: use the lcqat_min that wrote it"),
     "no layers": (lambda f: edit_config(f, lambda q: q.pop("layers")), "config.json does not describe packed layers"),
     "unknown setting": (lambda f: edit_spec(f, new=1), "config.json does not describe packed layers"),
-    "altered shape": (lambda f: edit_spec(f, inputs=36), r"q_proj.weight of .* not \('U8', \(8, 9\)\)"),
+    "altered shape": (lambda f: edit_shape(f, "weight", [8, 9]), r"q_proj.weight of .* not \('U8', \(8, 9\)\)"),
+    "another tensor": (lambda f: edit_shape(f, "B", [4]), r"q_proj.B of .* is missing, not \('F16', \(4,\)\)"),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(f"{NAME}.A")), "q_proj.A of .* is missing"),
     "wrong shape": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{NAME}.A": torch.zeros(4, 4).half()})),

@@ -92,8 +92,8 @@ def test_packed_linear_is_exported_for_any_number_of_rows(rows):
 
 def test_integers_and_other_widths_are_refused_with_the_remedy():
     packed = layer_of(lattice(4), False)[1]
-    with pytest.raises(TypeError, match=r"x is torch.uint8. The model casts .* with this layer in `skip`"):
+    with pytest.raises(ValueError, match=r"x is torch.uint8 \[2, 96\]; this layer takes floats .* casts .* in `skip`"):
         packed(torch.zeros(2, 96, dtype=torch.uint8))
     for width in (1, 48, 192):
-        with pytest.raises(ValueError, match=f"x has {width} features; this layer takes 96"):
+        with pytest.raises(ValueError, match=rf"x is torch.float32 \[2, {width}\]; this layer takes floats \[..., 96\]"):
             packed(torch.zeros(2, width))
