@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-os.environ["LCQAT_STRICT"] = "1"  # a fast way that fails is an error, not a warning
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two processes run side by side
 
 # Derandomized: a failure is a change of the code, never of the luck.

@@ -2,7 +2,8 @@
 
 from lcqat_min import LCQAT
 from lcqat_min.ptq import Method
-from lcqat_min.systems import LSQ, FreeVQ
+from lcqat_min.systems.free_vq import FreeVQ
+from lcqat_min.systems.lsq import LSQ
 
 KINDS = ("scalar", "lattice", "planes", "step", "table")
 

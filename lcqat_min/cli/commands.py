@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..disk.locks import alone
+from ..disk.whole_file import alone
 from ..errors import UsageError
 from ..harness.batches import batches, sample_windows
 from ..harness.evaluate import kl_to

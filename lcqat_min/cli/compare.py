@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..disk.locks import alone
+from ..disk.whole_file import alone
 from ..errors import UsageError
 from ..harness import report
 from ..harness.compare import RECIPES, Budget, Experiment, Recipe, continue_text, fitting, run_recipe, settings

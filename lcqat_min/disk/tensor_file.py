@@ -31,9 +31,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Say what is wrong with `path` where reading it in here fails; `remedy` is for a file that is missing or damaged.
+    """Say what is wrong with `path`, a file of tensors or of JSON, where reading it in here fails.
 
-    FileNotFoundError or another OSError for a file that cannot be opened, ValueError for damage.
+    remedy: for a file that is missing or damaged. FileNotFoundError or another OSError for a file that cannot be
+    opened, ValueError for damage.
     """
     from safetensors import SafetensorError
 
@@ -44,5 +45,5 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         raise FileNotFoundError(f"{path} is missing: {remedy}") from error
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is truncated or damaged ({error}): {remedy}") from error

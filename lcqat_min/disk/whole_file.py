@@ -1,19 +1,45 @@
-"""A file that is written whole or not at all, by one process at a time: under the same name in a folder beside it.
+"""A file that is written whole or not at all, and a lock: one process at a time.
 
-The folder is `<file>.part`. After the last byte, the file is renamed to its place, in one step. What a killed process
-left in the folder is removed by the next one that writes the same file. A lock (disk/locks.py) protects the folder of
-a process that still runs.
+`whole_file` writes under the same name in a folder beside the file, `<file>.part`. After the last byte, the file is
+renamed to its place, in one step. What a killed process left in the folder is removed by the next one that writes the
+same file. A lock protects the folder of a process that still runs.
 
-Limits: for a moment the disk holds the old file and the new one.
+The lock is the operating system's, on the file `<file>.lock` (the package filelock, which torch brings). The system
+releases it when its process ends, however it ends, so a process that was killed never leaves a lock. (It may leave the
+empty file, which means nothing.)
+
+Limits: for a moment the disk holds the old file and the new one. On a file system without locks, filelock uses the
+existence of the file instead, and a killed process keeps others out until that file is deleted.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .locks import alone
+from filelock import FileLock, Timeout
+
+from ..errors import UsageError
+
+
+@contextmanager
+def alone(path: Path, wait: bool = False) -> Iterator[None]:
+    """Lets one process at a time in for `path`. Another one waits, or gets a ValueError if not `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + ".lock")
+    try:
+        held = FileLock(file).acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise UsageError(
+            f"another process is at work here (it holds {file}): wait, or choose another folder"
+        ) from error
+    with held:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows does not delete an open file; an empty one stays there
+                file.unlink()  # while it is held: who opened it meanwhile finds it deleted, and makes a new one
 
 
 @contextmanager

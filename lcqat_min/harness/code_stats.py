@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 @dataclass(frozen=True)
 class CodeStats:
     """Statistics of one layer. usage: int64 [2^m]. entropy: bits per vector. flips: None without a snapshot."""

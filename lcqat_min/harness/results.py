@@ -4,7 +4,7 @@ A file is JSON: {"meta": ..., "rows": [...]} and whatever else its maker adds. `
 machine and date. Every change writes the whole file (disk/whole_file.py), so a run that is stopped leaves the last
 whole file, and the next start goes on from its rows.
 
-Several processes may add to one file: each takes a lock (disk/locks.py), reads the file again, adds its rows and
+Several processes may add to one file: each takes a lock (disk/whole_file.py), reads the file again, adds its rows and
 writes.
 """
 
@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..disk.locks import alone
-from ..disk.whole_file import whole_file
+from ..disk.whole_file import alone, whole_file
 from ..errors import UsageError
 
 

@@ -13,13 +13,12 @@ grid and the lattice are planes, too, exactly and index by index (`AffineCodeboo
 
 `sum_of_signs` makes one sum for each of the eight bits of a byte. Done step by step, that is slower than decoding
 (kernels/decode.py), because every step writes its result. A compiler makes one loop of it: either one that traces the
-program around it (`by_planes`), or torch.compile, called here (`by_compiled_planes`). The kernels for GPUs do the same
-in integers (kernels/triton_kernels.py).
+program around it, or torch.compile, called here. The kernels for GPUs do the same in integers
+(kernels/triton_kernels.py).
 
 Limits: torch.compile needs a C++ compiler and takes seconds at the first call.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -48,15 +47,11 @@ def sum_of_signs(parts: Tensor, codes: Tensor) -> Tensor:
     )
 
 
-def by_planes(x: Tensor, codes: Tensor, planes: AffineCodebook, multiply: Callable = sum_of_signs) -> Tensor:
-    """D x: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
+def by_planes(x: Tensor, codes: Tensor, planes: AffineCodebook, compiled: bool = False) -> Tensor:
+    """D x: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]. compiled: here, at the first call."""
     folded, constant = fold(x, codes.shape[1], planes)  # few and small steps: called faster than compiled
+    multiply = _compiled(sum_of_signs) if compiled else sum_of_signs
     return multiply(folded.unflatten(1, (-1, 8)).permute(2, 0, 1).contiguous(), codes) + constant[:, None]
-
-
-def by_compiled_planes(x: Tensor, codes: Tensor, planes: AffineCodebook) -> Tensor:
-    """The same, compiled at the first call."""
-    return by_planes(x, codes, planes, _compiled(sum_of_signs))
 
 
 _compiled = cache(torch.compile)

@@ -1,34 +1,33 @@
-"""D h with packed codes: who computes it, and what happens when the fastest way fails.
+"""D h with packed codes: who computes it.
 
     product(h, codes, book, dtype)      D h for activations h [M, in] that are rotated and scaled already
 
                                 few rows of h, affine codebook      many rows, or a table
     on a CPU                    decode.by_decoding                  decode.by_decoding
-    on a CPU, compiled=True     fold.by_compiled_planes             decode.by_decoding
+    on a CPU, compiled=True     fold.by_planes, compiled            decode.by_decoding
     within torch.compile        fold.by_planes                      decoded whole
     on a GPU                    triton_kernels.launch_fused         decoded whole
     torch.jit.trace and
     torch.export, gradients     decoded whole                       decoded whole
 
-The place of the tensors decides, whatever else the machine has. triton is imported when the first kernel is launched.
-"Decoded whole" is a dense D and a dense product.
+The place of the tensors decides, whatever else the machine has. "Decoded whole" is a dense D and a dense product.
 
-The fast ways may be missing: a compiler, a driver, a package. `attempt` then warns once and plain torch takes their
-place. With LCQAT_STRICT=1 in the environment the failure is raised instead: tests run so, as a way that is replaced in
-silence would pass them.
+triton is imported when the first product on a GPU is to be made. A package, a driver or a compiler may be missing. So
+the kernels first have to make a small product on that GPU as plain torch makes it; where they do not, a warning says
+why, and their place is taken by plain torch.
 """
 
-import os
 import warnings
-from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..codebook.affine import AffineCodebook
+from ..codebook.affine import frame_planes
 from ..codebook.matrix import Codebook
 from .decode import by_decoding, decode
-from .fold import by_compiled_planes, by_planes
+from .fold import by_planes
 
 FEW_ROWS = 16  # of h. For more, the dense product costs more than decoding. On GPUs a prediction: nothing was timed yet
 
@@ -37,80 +36,53 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
     """D h: h fp32 [M, in], packed codes uint8 [out, bytes] (codebook/bitstring.py) -> fp32 [M, out].
 
     dtype: of the model's activations, which says how exact is exact enough on a GPU. compiled: on CPUs, few rows go
-    through torch.compile. h gets its gradient (nothing else does), at the price of a dense weight for that call.
-    ValueError where shapes or devices disagree.
+    through torch.compile, which needs a C++ compiler. h gets its gradient (nothing else does), at the price of a dense
+    weight for that call. ValueError where the codes do not have the shape that h and the codebook ask for.
     """
-    _check(h, codes, book)
-    whole = is_recorded() or (torch.is_grad_enabled() and h.requires_grad)
-    planes = book.as_planes() if not whole and 0 < h.shape[0] <= FEW_ROWS else None
-    compiling, y = torch.compiler.is_compiling(), None
-    if planes is not None and on_gpu(h):
-        y = attempt(fused, h, codes, planes, dtype)
-    elif planes is not None and compiling:
-        y = by_planes(h, codes, planes)
-    elif planes is not None and compiled:
-        y = attempt(by_compiled_planes, h, codes, planes)
-    if y is not None:
-        return y
-    if whole or compiling or on_gpu(h):  # for a compiler, parts would be nodes of its graph by the thousand
-        return _by_dense(h, codes, book, dtype if on_gpu(h) else torch.float32)
+    row_bytes = -(-(-(-h.shape[1] // book.dim) * book.bits) // 8)
+    if codes.dtype != torch.uint8 or codes.shape[1:] != (row_bytes,):
+        needed = f"{h.shape[1]} inputs need uint8 [out, {row_bytes}], as pack_bits makes them"
+        raise ValueError(f"product: the packed codes are {codes.dtype} {list(codes.shape)}; {needed}")
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # for any number of rows, and any machine
+    compiling = torch.compiler.is_compiling()
+    dense = recorded or (torch.is_grad_enabled() and h.requires_grad)
+    planes = book.as_planes() if not dense and 0 < h.shape[0] <= FEW_ROWS else None
+    if planes is not None and compiling:
+        return by_planes(h, codes, planes)
+    if planes is not None and on_gpu(h) and (kernels := working_kernels(h.device)):
+        return kernels.launch_fused(h, codes, planes, 3 if dtype == torch.float32 else 2)
+    if planes is not None and compiled and not on_gpu(h):
+        return by_planes(h, codes, planes, compiled)
+    if dense or compiling or on_gpu(h):  # for a compiler, parts would be nodes of its graph by the thousand
+        return _by_dense(h, codes, book, dtype if on_gpu(h) and not recorded else torch.float32)
     return by_decoding(h, codes, book)
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels are to be tried."""
-    return x.is_cuda and not is_recorded()
+    return x.is_cuda
 
 
-def is_recorded() -> bool:
-    """Whether torch.jit.trace or torch.export writes a program down: for any number of rows, and any machine."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-def fused(h: Tensor, codes: Tensor, planes: AffineCodebook, dtype: torch.dtype) -> Tensor:
-    """D h for few rows by the fold and fused kernels."""
-    from .triton_kernels import MOST_COLUMNS, launch_fused
-
-    limbs = 3 if dtype == torch.float32 else 2
-    return torch.cat([launch_fused(part, codes, planes, limbs) for part in h.split(MOST_COLUMNS // limbs)])
-
-
-_failed: set[str] = set()  # names of ways that failed once and are not tried again
-
-
-def attempt(way: Callable[..., Tensor], *arguments) -> Tensor | None:
-    """way(*arguments); or None, with one warning, if it fails now or has failed before.
-
-    Running out of GPU memory is never caught, and nothing is where LCQAT_STRICT=1.
-    """
-    strict, name = os.environ.get("LCQAT_STRICT") == "1", way.__name__
-    if name in _failed and not strict:
-        return None
+@cache
+def working_kernels(device: torch.device) -> ModuleType | None:
+    """kernels/triton_kernels.py, if a small product on `device` is that of plain torch; else None, with a warning."""
     try:
-        return way(*arguments)
+        from . import triton_kernels
+
+        codes, planes = torch.arange(256, dtype=torch.uint8, device=device).view(8, 32), frame_planes().to(device)
+        h = torch.linspace(-1, 1, 256, dtype=torch.float32, device=device).view(2, 128)
+        y = triton_kernels.launch_fused(h, codes, planes, 3)
+        torch.testing.assert_close(y, by_decoding(h, codes, planes), rtol=1e-4, atol=1e-4)
+        return triton_kernels
     except Exception as error:
-        if strict or isinstance(error, torch.OutOfMemoryError):
-            raise
-        _failed.add(name)
-        needs = "On a GPU it needs `pip install triton`, on a CPU a C++ compiler"
-        warnings.warn(f"{name} failed, so slower torch takes its place. {needs}. {error!r}", RuntimeWarning, 2)
+        why = f"does `pip install triton` help? {error!r}"
+        warnings.warn(
+            f"plain torch, which is slower, makes all products on {device}; {why}", RuntimeWarning, stacklevel=3
+        )
         return None
 
 
 def _by_dense(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    D = decode(codes, book, h.shape[1], dtype)
-    if dtype != torch.float16:
-        return (h.to(dtype) @ D.T).float()
-    # fp16 ends at 65504, and D h has no row scales yet: each row of h is multiplied in units of its largest number.
+    """In `dtype`. fp16 ends at 65504, and D h lacks the row scales: each row of h is in units of its largest number."""
     unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)
-    return ((h / unit).half() @ D.T).float() * unit
-
-
-def _check(h: Tensor, codes: Tensor, book: Codebook) -> None:
-    row_bytes = -(-(-(-h.shape[1] // book.dim) * book.bits) // 8)
-    if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
-        needed = f"{h.shape[1]} inputs need uint8 [out, {row_bytes}], as pack_bits makes them"
-        raise ValueError(f"product: the packed codes are {codes.dtype} {list(codes.shape)}; {needed}")
-    if not h.device == codes.device == book.device:
-        places = f"h is on {h.device}, the packed codes on {codes.device}, the codebook on {book.device}"
-        raise ValueError(f"product: {places}; move all to one device with .to()")
+    return ((h / unit).to(dtype) @ decode(codes, book, h.shape[1], dtype).T).float() * unit

@@ -40,6 +40,8 @@ PROGRAMS = 512  # programs wanted, to fill a GPU: small weights are split along 
 
 def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -> Tensor:
     """D h by the fold and fused kernels: h fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
+    if len(h) > (most := MOST_COLUMNS // limbs):
+        return torch.cat([launch_fused(part, codes, planes, limbs) for part in h.split(most)])
     (tokens, inputs), (rows, row_bytes) = h.shape, codes.shape
     blocks, columns = triton.cdiv(row_bytes, TILE_BYTES), limbs * tokens
     digits = h.new_empty((8, columns, blocks * TILE_BYTES), dtype=torch.int8)

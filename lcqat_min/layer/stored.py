@@ -31,20 +31,32 @@ from .linear import QuantLinear, Signs
 DTYPES = {"weight": torch.uint8, "signs_in": torch.uint8, "signs_out": torch.uint8, "unit": torch.bfloat16}
 DTYPES |= {"row_scale": torch.float16, "col_scale": torch.float16}  # all others are of the codebook, and fp16
 SMALLEST = 2.0**-24  # above zero, in fp16
+Stored = Mapping[str, Tensor]
 
 
+@torch.no_grad()
 def tensors_of(layer: QuantLinear) -> dict[str, Tensor]:
     """The tensors of `layer` as a file keeps them, without the bias. ValueError for a number that fp16 cannot hold."""
-    book = layer.codebook()
-    tensors = {"weight": pack_bits(layer.indices(), book.bits)}
-    tensors |= halves_of(layer.row_scale, {"col_scale": layer.col_scale, **book.tensors()})
-    signs = {"signs_in": layer.signs_in, "signs_out": layer.signs_out}
-    packed = {key: pack_bits((s > 0).long()[None], 1)[0] for key, s in signs.items() if s is not None}
-    return tensors | packed
+    book, signs = layer.codebook(), {"signs_in": layer.signs_in, "signs_out": layer.signs_out}
+    tensors = {"weight": pack_bits(layer.indices(), book.bits), "unit": _unit(layer.row_scale)}
+    tensors |= {key: pack_bits((s > 0).long()[None], 1)[0] for key, s in signs.items() if s is not None}
+    numbers = {"row_scale": layer.row_scale / tensors["unit"].float(), "col_scale": layer.col_scale, **book.tensors()}
+    halves = {key: value.half() for key, value in numbers.items()}
+    if large := [key for key, half in halves.items() if not half.isfinite().all()]:
+        reached = f"{large[0]} reaches {numbers[large[0]].abs().max():.3g}"
+        raise ValueError(f"{reached}, and fp16 ends at 65504: train at a lower rate")
+    halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
+    return tensors | halves
+
+
+def _unit(row_scale: Tensor) -> Tensor:
+    largest = row_scale.abs().max().item() * (1 + 2**-11)  # it may be rounded up
+    exponent = math.frexp(largest)[1] - 15 if 0 < largest < math.inf else 0
+    return torch.tensor([2.0 ** max(exponent, -100)], dtype=torch.bfloat16, device=row_scale.device)
 
 
 def layer_from(
-    kind: type[QuantLinear], stored: Mapping[str, Tensor], bias: Tensor | None, levels: int = 2, **settings
+    kind: type[QuantLinear], stored: Stored, bias: Tensor | None, levels: int = 2, **settings
 ) -> QuantLinear:
     """The layer of these tensors, in training again: it starts on its codes. settings: what its `settings` gave."""
     coded = CodedMatrix(codebook_of(stored, levels), indices_of(stored), row_scale_of(stored))
@@ -53,45 +65,21 @@ def layer_from(
     return layer
 
 
-@torch.no_grad()
-def round_to_storage(layer: QuantLinear) -> None:
-    """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
-    numbers = {name: getattr(layer, name) for name in ("col_scale", *layer.learned)}
-    halves = halves_of(layer.row_scale, numbers)
-    layer.set_row_scale(row_scale_of(halves))
-    for name, value in numbers.items():
-        value.copy_(halves[name])
-
-
-def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """row_scale, its unit and `numbers` as a file keeps them. ValueError for a number that fp16 cannot hold."""
-    largest = row_scale.abs().max().item()
-    exponent = math.frexp(largest * (1 + 2**-11))[1] - 15 if 0 < largest < math.inf else 0  # it may be rounded up
-    unit = torch.tensor([2.0 ** max(exponent, -100)], dtype=torch.bfloat16, device=row_scale.device)
-    scaled = {"row_scale": row_scale / unit.float(), **numbers}
-    halves = {key: value.detach().half() for key, value in scaled.items()}
-    halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
-    for key, half in halves.items():
-        if not torch.isfinite(half).all():
-            largest = scaled[key].abs().max().item()
-            raise ValueError(f"{key} reaches {largest:.3g}, and fp16 ends at 65504: train at a lower rate")
-    return halves | {"unit": unit}
-
-
-def row_scale_of(stored: Mapping[str, Tensor]) -> Tensor:
+def row_scale_of(stored: Stored) -> Tensor:
     """r, fp32 [out]."""
     return stored["row_scale"].float() * stored["unit"].float()
 
 
-def signs_of(stored: Mapping[str, Tensor]) -> Signs:
+def signs_of(stored: Stored) -> Signs:
     """s_in and s_out, fp32 [in] and [out]; None for a side that is not rotated."""
-    widths = {"signs_in": len(stored["col_scale"]), "signs_out": len(stored["weight"])}
-    bits = [unpack_bits(stored[key][None], 1, n)[0] if key in stored else None for key, n in widths.items()]
-    s_in, s_out = (None if bit is None else 2.0 * bit - 1 for bit in bits)
-    return s_in, s_out
+
+    def unpack(key: str, width: int) -> Tensor | None:
+        return 2.0 * unpack_bits(stored[key][None], 1, width)[0] - 1 if key in stored else None
+
+    return unpack("signs_in", len(stored["col_scale"])), unpack("signs_out", len(stored["weight"]))
 
 
-def codebook_of(stored: Mapping[str, Tensor], levels: int = 2) -> Codebook:
+def codebook_of(stored: Stored, levels: int = 2) -> Codebook:
     """The codebook in fp32: a table, or planes, in digits of 2 or 4 levels."""
     if "table" in stored:
         return TableCodebook(stored["table"].float())
@@ -99,7 +87,7 @@ def codebook_of(stored: Mapping[str, Tensor], levels: int = 2) -> Codebook:
     return AffineCodebook(A, b, 2) if levels == 2 else AffineCodebook(A[:, ::2].contiguous(), b, 4)
 
 
-def indices_of(stored: Mapping[str, Tensor]) -> Tensor:
+def indices_of(stored: Stored) -> Tensor:
     """The codebook index of every vector, int64 [out, vectors]."""
     book = codebook_of(stored)
     return unpack_bits(stored["weight"], book.bits, -(-len(stored["col_scale"]) // book.dim))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..disk.locks import alone
+from ..disk.whole_file import alone
 from ..errors import UsageError
 
 SHARD_SIZE = "5GB"  # of tensors in one file; more are written to several files
@@ -49,8 +49,7 @@ def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, rea
         _clear_up(folder, saving, before)
         try:
             saving.mkdir()
-            _write_description(model, saving)
-            _copy_processor(model.config, saving, folder)
+            _write_description(model, saving, folder)
             save_torch_state_dict(tensors, saving, max_shard_size=SHARD_SIZE)
             for file in saving.glob("*.safetensors"):  # nobody else could read it (disk/tensor_file.py)
                 file.chmod((saving / "config.json").stat().st_mode)
@@ -85,29 +84,25 @@ def _is_users(file: Path) -> bool:
     return not MODEL_FILES.fullmatch(file.name)
 
 
-def _write_description(model: nn.Module, saving: Path) -> None:
-    """As save_pretrained does, but settings that it refuses to write must not cost the weights."""
+def _write_description(model: nn.Module, saving: Path, folder: Path) -> None:
+    """Code, configuration, generation settings, and the files of a processor that `folder` lacks."""
     from transformers.dynamic_module_utils import custom_object_save
+    from transformers.utils.hub import cached_file
 
-    for own in (model, model.config):
+    for own in (model, config := model.config):
         if own._auto_class is not None:
-            custom_object_save(own, saving, model.config)
-    model.config.to_json_file(saving / "config.json")
-    file, settings = saving / "generation_config.json", getattr(model, "generation_config", None)
+            custom_object_save(own, saving, config)
+    config.to_json_file(
+        saving / "config.json"
+    )  # save_pretrained refuses some settings, and that would cost the weights
+    file, settings = saving / "generation_config.json", model.generation_config
     try:
         if settings is not None:
             settings.to_json_file(file)
             type(settings).from_pretrained(saving)
     except Exception as error:  # of any kind: with this file the model would not load
         file.unlink(missing_ok=True)
-        warnings.warn(
-            f"generation_config is not saved ({error}): correct it and call its save_pretrained", stacklevel=2
-        )
-
-
-def _copy_processor(config: object, saving: Path, folder: Path) -> None:
-    from transformers.utils.hub import cached_file
-
+        warnings.warn(f"generation_config is not saved ({error}): correct it and save it yourself", stacklevel=2)
     with suppress(OSError):  # of an original that is no longer there, or was made in memory
         revision = getattr(config, "_commit_hash", None)
         origin = Path(cached_file(config.name_or_path, "config.json", revision=revision, local_files_only=True)).parent

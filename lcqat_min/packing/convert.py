@@ -12,11 +12,12 @@ but have lost which codes were about to flip.
 from collections.abc import Hashable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layer.linear import QuantLinear, quant_layers
-from ..layer.stored import layer_from, round_to_storage, tensors_of
+from ..layer.stored import layer_from, row_scale_of, tensors_of
 from ..systems import layer_of
 from .layer import PackedLinear, PackedSpec
 
@@ -33,7 +34,10 @@ def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
             codebook, tensors, spec = layer.spec.owner or name, layer.stored(), layer.spec
         elif isinstance(layer, QuantLinear):
             codebook = id(getattr(layer, layer.learned[0])) if layer.learned else name
-            tensors = _tensors(layer, name)
+            try:
+                tensors = tensors_of(layer)
+            except ValueError as error:
+                raise UsageError(f"layer {name!r}: {error}") from error
             shapes = {key: list(value.shape) for key, value in tensors.items()}
             spec = PackedSpec(layer.method, shapes, layer.bias is not None, settings=layer.settings())
         else:
@@ -45,30 +49,34 @@ def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return layers
 
 
-def unpack_layers(layers: dict[str, PackedLinear]) -> dict[str, QuantLinear]:
-    """Layers in training with the same weights, by name: latents on the codes, shared codebooks shared again."""
-    made: dict[str, QuantLinear] = {}
-    for name, layer in layers.items():
-        spec = layer.spec
-        made[name] = layer_from(layer_of(spec.method), layer.stored(), layer.bias, **spec.settings)
-        for key in made[name].learned:
-            setattr(made[name], key, getattr(made.get(spec.owner, made[name]), key))
-    return made
+def unpack_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Layers in training for the packed ones of `model`, by name: latents on the codes, codebooks shared as before."""
+    layers: dict[str, QuantLinear] = {}
+    owners: dict[nn.Module, QuantLinear] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            kind, settings = layer_of(layer.spec.method), layer.spec.settings
+            layers[name] = owners[layer] = layer_from(kind, layer.stored(), layer.bias, **settings)
+            for key in kind.learned:
+                setattr(layers[name], key, getattr(owners.get(layer.owner[0], layers[name]), key))
+    return layers
 
 
+def unquantized(model: nn.Module, layers: dict[str, PackedLinear]) -> dict[str, Tensor]:
+    """Parameters and buffers of `model`, by name, except those of `layers`: embeddings, norms, biases and so on."""
+    state = model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+
+
+@torch.no_grad()
 def to_storage_precision(model: nn.Module) -> None:
     """Round scales and codebooks of a model in training, in place, to the numbers that its file will hold.
 
     Codes stay the same, and doing it twice changes nothing more. UsageError, before anything is changed, for numbers
     that fp16 cannot hold.
     """
-    pack_layers(model)
-    for _, layer in quant_layers(model):
-        round_to_storage(layer)
-
-
-def _tensors(layer: QuantLinear, name: str) -> dict[str, Tensor]:
-    try:
-        return tensors_of(layer)
-    except ValueError as error:
-        raise UsageError(f"layer {name!r}: {error}") from error
+    packed = pack_layers(model)
+    for name, layer in quant_layers(model):
+        layer.set_row_scale(row_scale_of(packed[name].stored()))
+        for key in ("col_scale", *layer.learned):
+            getattr(layer, key).copy_(getattr(layer, key).half())

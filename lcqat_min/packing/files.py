@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ptq.model import QUANT_METHOD, mark
 from .atomic_save import write_folder
-from .convert import pack_layers, unpack_layers
+from .convert import pack_layers, unpack_layers, unquantized
 from .format import VERSION, config_of, declared_specs
 from .layer import PackedLinear
 from .size import Bits, bits_per_weight
@@ -61,8 +61,11 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
         raise UsageError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
     model, plain, tensors, layers = _parts(model)
     bits = bits_per_weight(model, dtype)
-    if dtype is not None:
-        tensors |= {key: _cast(key, tensors[key], dtype) for key, _ in model.named_parameters() if key in tensors}
+    for key, value in tensors.items() if dtype else ():
+        if isinstance(value, nn.Parameter) and value.is_floating_point():
+            tensors[key] = value.to(dtype)
+            if tensors[key].isinf().any():
+                raise UsageError(f"{key!r} reaches {value.abs().max():g}, too much for {dtype}: give torch.bfloat16")
     tensors |= {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.named_buffers()}
     specs = {name: asdict(layer.spec) for name, layer in layers.items()}
     plain.config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "layers": specs}
@@ -88,8 +91,7 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
     model = _class_of(config, folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if trainable:
         model.requires_grad_(True)
-        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-        for name, layer in unpack_layers(packed).items():
+        for name, layer in unpack_layers(model).items():
             model.set_submodule(name, layer)
         model.hf_quantizer.remove_quantization_config(model)
         mark(model)
@@ -101,8 +103,7 @@ def _class_of(config: dict, folder: Path) -> type:
     import transformers
 
     name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    files = [folder / f"{str(target).partition('.')[0]}.py" for target in (config.get("auto_map") or {}).values()]
-    if not hasattr(transformers, name) or any(file.is_file() for file in files):
+    if not hasattr(transformers, name) or "auto_map" in config:
         trust = f"load {folder} with trust_remote_code=True, by the class that its README.md names"
         raise UsageError(
             f"the code of {name} is not part of transformers. If you trust it: import lcqat_min.hf, {trust}"
@@ -121,14 +122,12 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
 
     model, plain, tensors, layers = _parts(model)
     for name, layer in layers.items():
-        weight = unpack_layers({name: layer})[name].weight.to(model.dtype)
+        weight = unpack_layers(layer)[""].weight.to(model.dtype)
         # Conv1D stores the transpose.
         tensors[f"{name}.weight"] = weight if isinstance(plain.get_submodule(name), nn.Linear) else weight.T
-    plain.config.dtype = model.dtype
     # Some architectures are renamed or fused while they are loaded: write what their published checkpoints hold.
     published = revert_weight_conversion(plain, tensors)
-    published = {key: value if key in tensors else value.clone() for key, value in published.items()}  # no slices
-    write_folder(plain, published, Path(folder))
+    write_folder(plain, {key: value.clone() for key, value in published.items()}, Path(folder))  # no slices
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], dict[str, PackedLinear]]:
@@ -139,41 +138,26 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is not a transformers model: save what pack_layers(model) returns")
-    layers, state, tied = pack_layers(model), model.state_dict(), model.all_tied_weights_keys
-    tied = {key: source for key, source in tied.items() if key in state and source in state}
-    if not layers:
+    if not (layers := pack_layers(model)):
         raise UsageError("the model has no quantized layer: call quantize first, or use model.save_pretrained")
-    if away := [key for key, value in state.items() if value.is_meta]:
+    tensors = unquantized(model, layers)
+    if away := [key for key, value in tensors.items() if value.is_meta]:
         raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model without device_map")
-    if untied := [key for key, source in tied.items() if state[key].data_ptr() != state[source].data_ptr()]:
+    tied = {key: source for key, source in model.all_tied_weights_keys.items() if {key, source} <= tensors.keys()}
+    if untied := [key for key, source in tied.items() if tensors[key] is not tensors[source]]:
         remedy = "set model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
         raise UsageError(f"{untied[0]!r} has a weight of its own, but its configuration says that it is tied: {remedy}")
-    plain = _unquantized(model)
-    kept = {key: state[key] for key in state if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
-    expected = {key: value.shape for key, value in plain.state_dict().items() if key not in tied}
-    found = {key: value.shape for key, value in kept.items() if key not in tied}
-    found |= {key: expected.get(key) for key in (f"{name}.weight" for name in layers)}
-    if strange := sorted(key for key, _ in expected.items() ^ found.items()):
-        remedy = "loaded again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)"
-        raise UsageError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: {remedy}")
-    return model, plain, {key: value for key, value in kept.items() if key not in tied}, layers
-
-
-def _unquantized(model: nn.Module) -> nn.Module:
-    """What the model's configuration builds, without numbers."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    for key in ("quantization_config", "transformers_weights"):  # the latter names a file of the original
+    for key in ("quantization_config", "transformers_weights", "auto_map"):  # of the original's files
         vars(config).pop(key, None)
     with torch.device("meta"):
         plain = type(model)(config)
     plain.generation_config = getattr(model, "generation_config", None)
-    return plain
-
-
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = value.to(dtype) if value.is_floating_point() else value
-    if cast.isinf().any() and not value.isinf().any():
-        largest = value.abs().max().item()
-        raise UsageError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or float32")
-    return cast
+    built = {key: value.shape for key, value in plain.state_dict().items()}
+    found = {key: value.shape for key, value in tensors.items()}
+    found |= {key: built.get(key) for key in (f"{name}.weight" for name in layers)}
+    if strange := sorted(key for key, _ in built.items() ^ found.items()):
+        remedy = "loaded again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)"
+        raise UsageError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: {remedy}")
+    return model, plain, {key: value for key, value in tensors.items() if key not in tied}, layers

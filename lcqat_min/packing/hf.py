@@ -49,7 +49,9 @@ class PackedQuantizer(HfQuantizer):
         specs = declared_specs(self.quantization_config.to_dict(), files[0].parent)
         check_tensors(files, specs)
         layers: dict[str, PackedLinear] = {}
-        for name, spec in sorted(_shared(specs, model).items(), key=lambda item: item[0] != item[1].owner):  # owners first
+        for name, spec in sorted(
+            _shared(specs, model).items(), key=lambda item: item[0] != item[1].owner
+        ):  # owners first
             layers[name] = PackedLinear(spec, layers.get(spec.owner))
             model.set_submodule(name, layers[name])
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..ptq.select import linear_layers
-from .convert import pack_layers
+from .convert import pack_layers, unquantized
 
 PART_OF = {"weight": "codes", "signs_in": "signs", "signs_out": "signs"}
 PART_OF |= dict.fromkeys(("row_scale", "unit", "col_scale"), "scales")  # all others are of the codebook
@@ -79,13 +79,10 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
     linear = {id(layer.weight): layer.weight.numel() for _, layer in linear_layers(model)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding) or layer is head}
-    saved = model.state_dict().keys()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        layer_name, _, key = name.rpartition(".")
-        if name in saved and (layer_name not in layers or key == "bias"):
-            is_parameter = isinstance(value, nn.Parameter)
-            width = dtype if dtype and is_parameter and value.is_floating_point() else value.dtype
-            part = "linear layers" if id(value) in linear else "embeddings" if id(value) in embeddings else "other"
-            parts[part] += 8 * width.itemsize * value.numel()
-            parameters += value.numel() if is_parameter else 0
+    for value in {id(value): value for value in unquantized(model, layers).values()}.values():  # tied ones once
+        is_parameter = isinstance(value, nn.Parameter)
+        width = dtype if dtype and is_parameter and value.is_floating_point() else value.dtype
+        part = "linear layers" if id(value) in linear else "embeddings" if id(value) in embeddings else "other"
+        parts[part] += 8 * width.itemsize * value.numel()
+        parameters += value.numel() if is_parameter else 0
     return Bits(parts, quantized or sum(linear.values()), parameters)

@@ -8,8 +8,6 @@ folders know it. CONTRIBUTING.md has an example.
     layer_of("lsq")                      the class of its layers, for a file that names it
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from ..errors import UsageError
@@ -38,10 +36,3 @@ def method_of(name: str) -> type[Method]:
 def layer_of(name: str) -> type[QuantLinear]:
     """The class of the layers that this method makes. UsageError for an unknown one."""
     return _find(name, 2)
-
-
-def __getattr__(name: str) -> type:  # from lcqat_min.systems import LSQ, without importing the others
-    for module, *classes in METHODS.values():
-        if name in classes:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

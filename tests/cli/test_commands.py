@@ -11,7 +11,7 @@ import torch
 
 from lcqat_min.cli import commands
 from lcqat_min.cli import main as cli
-from lcqat_min.disk.locks import alone
+from lcqat_min.disk.whole_file import alone
 from lcqat_min.errors import UsageError
 from lcqat_min.harness.models import BUNDLED, load
 from lcqat_min.layer.linear import quant_layers
@@ -19,7 +19,7 @@ from lcqat_min.packing.files import load_packed, save_packed
 from lcqat_min.ptq.lcqat import LCQAT
 from lcqat_min.ptq.model import quantize
 from lcqat_min.qat import checkpoint
-from lcqat_min.systems import FreeVQ
+from lcqat_min.systems.free_vq import FreeVQ
 
 
 @pytest.fixture(scope="module")

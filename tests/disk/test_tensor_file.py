@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lcqat_min.disk.locks import alone
 from lcqat_min.disk.tensor_file import reading, save_tensors
+from lcqat_min.disk.whole_file import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ import torch
 from lcqat_min.cli import compare as runs
 from lcqat_min.cli import main as cli
 from lcqat_min.disk import whole_file
-from lcqat_min.disk.locks import alone
+from lcqat_min.disk.whole_file import alone
 from lcqat_min.errors import UsageError
 from lcqat_min.harness import compare, report, results
 from lcqat_min.harness.compare import RECIPES, Budget, Recipe, fitting, settings
@@ -245,7 +245,7 @@ def test_rows_that_are_written_at_one_time_are_all_kept(tmp_path, monkeypatch):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = [(ROOT / "lcqat_min" / name).read_text() for name in ("disk/locks.py", "errors.py")]  # without torch
+    code = [(ROOT / "lcqat_min" / name).read_text() for name in ("disk/whole_file.py", "errors.py")]  # without torch
     source = code[0].replace("from ..errors import UsageError\n", code[1])
     killed = f"{source}\nwith alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", killed]).returncode != 0

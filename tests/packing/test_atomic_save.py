@@ -21,7 +21,7 @@ from kinds import method
 from safetensors.torch import load_file
 
 from lcqat_min import quantize
-from lcqat_min.disk.locks import alone
+from lcqat_min.disk.whole_file import alone
 from lcqat_min.packing import export_dense, load_packed, save_packed, to_storage_precision
 from lcqat_min.packing.atomic_save import TITLE, write_folder
 

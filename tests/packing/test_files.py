@@ -461,7 +461,7 @@ def test_a_head_of_another_size_is_refused(tmp_path):
 def test_embeddings_that_fp16_cannot_hold_are_refused(planes, tmp_path):
     with torch.no_grad():
         planes.model.embed_tokens.weight[3, 4] = -1e5
-    with pytest.raises(ValueError, match="'model.embed_tokens.weight' reaches 100000, more than torch.float16 holds"):
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' reaches 100000, too much for torch.float16"):
         save_packed(planes, tmp_path / "model", torch.float16)
     assert not (tmp_path / "model").exists()
     save_packed(planes, tmp_path / "model", torch.bfloat16)
@@ -532,15 +532,21 @@ DAMAGE = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 900), "tensors is truncated or damaged"),
     "no tensors": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing: give a folder"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not the JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is truncated or damaged"),
     "foreign": (lambda f: edit_config(f, lambda q: q.update(quant_method="gptq")), "quant_method: gptq"),
     "ordinary": (lambda f: edit_config(f, dict.clear), "not a packed model .* load it with transformers"),
     "in training": (
         lambda f: edit_config(f, lambda q: q.update(version="in training")),
         "by save_pretrained from a model in training.* load_state_dict the tensors",
     ),
-    "older": (lambda f: edit_config(f, lambda q: q.update(version=1)), "version 1, not 3: use the lcqat_min that wrote it"),
-    "newer": (lambda f: edit_config(f, lambda q: q.update(version=4)), "version 4, not 3: use the lcqat_min that wrote it"),
+    "older": (
+        lambda f: edit_config(f, lambda q: q.update(version=1)),
+        "version 1, not 3: use the lcqat_min that wrote it",
+    ),
+    "newer": (
+        lambda f: edit_config(f, lambda q: q.update(version=4)),
+        "version 4, not 3: use the lcqat_min that wrote it",
+    ),
     "no layers": (lambda f: edit_config(f, lambda q: q.pop("layers")), "config.json does not describe packed layers"),
     "unknown setting": (lambda f: edit_spec(f, new=1), "config.json does not describe packed layers"),
     "altered shape": (lambda f: edit_shape(f, "weight", [8, 9]), r"q_proj.weight of .* not \('U8', \(8, 9\)\)"),

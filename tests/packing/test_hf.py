@@ -168,7 +168,10 @@ def test_a_packed_model_is_not_unpacked_in_place(folder):
 
 @pytest.mark.parametrize(
     "old, new, message",
-    [('"version": 3', '"version": 1', "format version 1"), ('"table": [', '"table": [1', "is .* not .*: copy it again")],
+    [
+        ('"version": 3', '"version": 1', "format version 1"),
+        ('"table": [', '"table": [1', "is .* not .*: copy it again"),
+    ],
 )
 def test_folders_are_checked_as_by_load_packed(old, new, message, folder):
     from transformers import AutoModelForCausalLM

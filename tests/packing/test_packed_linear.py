@@ -95,5 +95,7 @@ def test_integers_and_other_widths_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"x is torch.uint8 \[2, 96\]; this layer takes floats .* casts .* in `skip`"):
         packed(torch.zeros(2, 96, dtype=torch.uint8))
     for width in (1, 48, 192):
-        with pytest.raises(ValueError, match=rf"x is torch.float32 \[2, {width}\]; this layer takes floats \[..., 96\]"):
+        with pytest.raises(
+            ValueError, match=rf"x is torch.float32 \[2, {width}\]; this layer takes floats \[..., 96\]"
+        ):
             packed(torch.zeros(2, width))

@@ -30,9 +30,9 @@ from lcqat_min.ptq.method import ROTATIONS, Method
 from lcqat_min.ptq.model import quantize, weight_of
 from lcqat_min.ptq.select import linear_layers
 from lcqat_min.qat.loop import parameter_groups
-from lcqat_min.systems import LSQ, FreeVQ, free_vq
-from lcqat_min.systems.free_vq import TableLinear
-from lcqat_min.systems.lsq import StepLinear
+from lcqat_min.systems import free_vq
+from lcqat_min.systems.free_vq import FreeVQ, TableLinear
+from lcqat_min.systems.lsq import LSQ, StepLinear
 
 BLOCK = ("layers.1", "h.1.", "lm_head")  # skip the second block: half the time
 PAIR = (*BLOCK, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")  # leaves two layers
