@@ -12,6 +12,7 @@ Each function takes the parsed arguments of cli/main.py and prints what it did.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,7 +101,7 @@ def run_train(args: argparse.Namespace) -> None:
             print(f"note: the model is {before:.1f} nats per token from {name}. Was it made from another (--teacher)?")
         settings = {"teacher": name, "text": args.text, "tokens": args.tokens, "seed": args.seed}
         checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
-        begun = _same_run(checkpoint, settings | {"text_digest": text.digest})
+        begun = _same_run(checkpoint, settings | {"text_digest": text.digest, "model": _digest(args.folder)})
         say_if_repeated(text, args.tokens)
         data = batches(text.train, window, BATCH, torch.Generator().manual_seed(args.seed))
         _steps(student, teacher, data, max(1, args.tokens // (window * BATCH)), checkpoint)
@@ -167,6 +168,15 @@ def _check_skip(model: nn.Module, skip: list[str]) -> None:
         raise UsageError(
             f"--skip {' '.join(unknown)}: part of no linear layer's name; the first are {', '.join(names[:9])}"
         )
+
+
+def _digest(folder: Path) -> str:
+    """Which packed model this is, as 16 hex digits of its tensor files."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            hashlib.file_digest(stream, lambda: found)
+    return found.hexdigest()[:16]
 
 
 def _same_run(checkpoint: Path, settings: dict) -> Path:
