@@ -11,7 +11,7 @@ weight, together more than twice the second-level cache, or a small weight would
     decoded       the dequantize kernel, then torch.matmul
     packed        kernels.packed_linear as a model calls it: rotations and scales around whichever it chose
     error         of fused against fp64 on the decoded weight, relative: the first run on a new GPU is a test as well
-    copy          decoded bytes a second over those of a plain copy in this run (codes read and weight written)
+    copy          decoded bytes per second over those of a plain copy in this run (codes read and weight written)
 
 Rows where the packed product loses are kept. On a CPU the ratio is CPU time of one thread (time.process_time) over
 that of F.linear with dense fp32 weights, in turns, median; without rotations and scales. Here, too, consecutive calls
