@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 ARGS        ?=
 
 PY    := .venv/bin/python
-QUIET := LCQAT_QUIET=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+QUIET := TQDM_DISABLE=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt -e ".[notebooks,test,kernels]"
 	@touch $(READY)
 
-compare: $(READY)  ## quantize the bundled model to 2 bits with every method and print one table
+compare: $(READY)  ## quantize the bundled model to 2 bits by every method and print one table
 	$(PY) -m lcqat_min compare $(ARGS)
 
 test: $(READY)  ## run the unit tests, then every notebook
@@ -75,7 +75,7 @@ lint: $(READY)  ## check the style
 	$(PY) -m ruff check .
 
 lab: $(READY)  ## open the notebooks
-	LCQAT_QUIET=1 $(PY) -m jupyter lab notebooks
+	TQDM_DISABLE=1 $(PY) -m jupyter lab notebooks
 
 lock: $(READY)  ## pin all packages in constraints.txt again (ARGS=--upgrade: at their newest versions)
 	$(PY) -m pip install --quiet uv

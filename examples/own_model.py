@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lcqat_min import QuantConfig, TrainConfig, kl_to, quantize, train
-from lcqat_min.harness.text import batches, load_text, sample_windows
+from lcqat_min import LCQAT, TrainConfig, kl_to, quantize, train
+from lcqat_min.harness.batches import batches, sample_windows
+from lcqat_min.harness.text import load_text
 from lcqat_min.packing.files import load_packed, save_packed
 
 WINDOW = 256  # tokens that the model reads at once
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Quantize: rotate the weights, fit a codebook to each matrix, and round with error feedback.
     windows = sample_windows(text.train, min(128, len(text.train) // WINDOW), WINDOW, torch.Generator().manual_seed(0))
-    quantize(model, windows.split(8), QuantConfig())
+    quantize(model, windows.split(8), LCQAT())
     print(f"nats per token to the unquantized model: {kl_to(teacher, model, judged, WINDOW):.4f} once rounded")
 
     # 3. Train: distil the teacher into the quantized model. A run that was stopped goes on from the checkpoint.

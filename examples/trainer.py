@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lcqat_min import TrainConfig, kl_to
-from lcqat_min.harness.text import load_text, windows
+from lcqat_min.harness.batches import windows
+from lcqat_min.harness.text import load_text
 from lcqat_min.packing.files import load_packed, save_packed
 from lcqat_min.qat.loop import parameter_groups
 from lcqat_min.qat.loss import distillation_loss

@@ -2,9 +2,8 @@
 
     from lcqat_min import LCQAT, TrainConfig, quantize, train, perplexity
 
-The core (constants, digits, codebook, search, lloyd, rotate, rounding, calibrate, feedback, ptq, inputs, layers,
-linear, convert, checkpoint, distillation, train, evaluate) needs torch and the standard library alone; a checkpoint
-wants safetensors, a progress bar tqdm. With numpy, rounding is faster. micro is the method once more, in one file.
+README.md says what is in which folder. Rounding, training and measuring need only torch and the standard library;
+checkpoints need safetensors, and progress bars tqdm. With numpy, rounding is faster. micro.py is all of it in one file.
 """
 
 import importlib.util

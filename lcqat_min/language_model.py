@@ -23,6 +23,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .errors import UsageError
+
 CALL = "model(input_ids=ids, use_cache=False).logits, ids [B, T], logits [B, T, vocabulary]"
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
 IGNORED = -100  # the label of a position that is not scored: never a token id, and what cross_entropy leaves out
@@ -63,19 +65,19 @@ def input_device(model: nn.Module) -> torch.device:
         for one in getattr(hook, "hooks", [hook]):
             if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)
-    raise ValueError(f"the weights of {type(model).__name__} are not in memory (meta device): load it whole")
+    raise UsageError(f"the weights of {type(model).__name__} are not in memory (meta device): load it whole")
 
 
 def check_model(model: nn.Module) -> None:
     """ValueError for a model that cannot be called as a causal language model."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{name} has an encoder and a decoder: give a causal language model, {CALL}")
+        raise UsageError(f"{name} has an encoder and a decoder: give a causal language model, {CALL}")
     taken = inspect.signature(model.forward).parameters
     missing = [needed for needed in ("input_ids", "use_cache") if needed not in taken]
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         got = f"takes {', '.join(taken) or 'nothing'}, not {' and '.join(missing)}"
-        raise ValueError(f"the forward of {name} {got}: wrap it in a module that is called as {CALL}")
+        raise UsageError(f"the forward of {name} {got}: wrap it in a module that is called as {CALL}")
 
 
 def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tensor | None]:
@@ -87,13 +89,13 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         remedy = "give batches of token ids, integers [B, T]: for one tensor of windows [n, T] that is windows.split(8)"
-        raise ValueError(f"a {what} batch is {_described(ids if isinstance(ids, Tensor) else batch)}; {remedy}")
+        raise UsageError(f"a {what} batch is {_described(ids if isinstance(ids, Tensor) else batch)}; {remedy}")
     check_tokens(ids, model, f"a {what} batch")
     if mask is None:
         _warn_of_padding(ids, model, what)
     elif not isinstance(mask, Tensor) or mask.shape != ids.shape or ids.numel() and not mask.any():
         found = f"the attention_mask of a {what} batch {list(ids.shape)} is {_described(mask)}"
-        raise ValueError(f"{found}: it must have that shape, 1 for text and 0 for padding, and some text")
+        raise UsageError(f"{found}: it must have that shape, 1 for text and 0 for padding, and some text")
     return ids, None if mask is None or mask.all() else mask.bool()
 
 
@@ -102,7 +104,7 @@ def check_tokens(ids: Tensor, model: nn.Module, what: str) -> None:
     size = vocabulary(model)
     if size and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
         found = f"{what} holds tokens from {ids.min()} to {ids.max()}, the model knows 0 to {size - 1}"
-        raise ValueError(f"{found}: encode the text with this model's own tokenizer")
+        raise UsageError(f"{found}: encode the text with this model's own tokenizer")
 
 
 def without_padding(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -130,7 +132,7 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}, no logits"
         remedy = f"load it by AutoModelForCausalLM, or wrap it in a module that is called as {CALL}"
-        raise ValueError(f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}: {remedy}")
+        raise UsageError(f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}: {remedy}")
     return logits
 
 

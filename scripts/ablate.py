@@ -1,11 +1,11 @@
 """What each part is worth: one switch at a time (results/ablations.json), and more tokens (results/longer.json).
 
-    python scripts/ablate.py switches      `lcqat-planes` with one setting changed, same tokens; three seeds of itself
-    python scripts/ablate.py longer        three arms with five times the tokens, scored on the way
+    python scripts/ablate.py switches      `lcqat-planes` with one setting changed, same tokens; three seeds unchanged
+    python scripts/ablate.py longer        three methods with five times the tokens, scored on the way
 
 Both are scored on validation text, so their figures are not those of the table, whose test text stays unseen. Finished
-rows are written at once and found again by the next start; delete the file to begin anew. The seeds of the unchanged
-arm tell how large a difference has to be to mean anything.
+rows are written at once and found again by the next start; delete the file to begin again. The seeds of the unchanged
+method show how large a difference has to be to mean anything.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from lcqat_min.harness.compare import ARMS, Arm, Budget, Lab, made_with, start
+from lcqat_min.harness.compare import RECIPES, Budget, Experiment, Recipe, made_with, quantized
 from lcqat_min.harness.evaluate import kl_to
 from lcqat_min.harness.models import BUNDLED, choose_device, load
 from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
 from lcqat_min.layer.linear import quant_layers
-from lcqat_min.qat.config import TrainConfig
-from lcqat_min.qat.loop import train
+from lcqat_min.qat.loop import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EVAL_TOKENS = 8192
 LONGER, MARKS = 5, 6  # times the tokens; scores on the way
-BASE = next(arm for arm in ARMS if arm.name == "lcqat-planes")
+BASE = next(recipe for recipe in RECIPES if recipe.name == "lcqat-planes")
 QUANT_SWITCHES = {
     "rotate": ("none", "input"),
     "feedback": (False,),
@@ -39,7 +39,7 @@ QUANT_SWITCHES = {
     "dim": (2, 8),
 }
 RATE_SWITCHES = {"lr_latents": (0.0, 3e-3), "lr_scales": (0.0,), "lr_rest": (0.0, 2e-4, 1e-3)}
-LONGER_ARMS = {  # name of the row -> (arm, rates changed)
+LONGER_RUNS = {  # name of the row -> (method, rates changed)
     "sq": ("sq", {}),
     "lcqat-paper": ("lcqat-paper", {}),
     "lcqat-planes": ("lcqat-planes", {}),
@@ -48,8 +48,8 @@ LONGER_ARMS = {  # name of the row -> (arm, rates changed)
 }
 
 
-def trials() -> list[tuple[str, object, Arm, int]]:
-    """(switch, value, arm, seed): the unchanged arm with three seeds, then each change with the first."""
+def trials() -> list[tuple[str, object, Recipe, int]]:
+    """(switch, value, recipe, seed): the unchanged recipe with three seeds, then each change with the first."""
     found = [("none", None, BASE, seed) for seed in (0, 1, 2)]
     for switch, values in QUANT_SWITCHES.items():
         found += [(switch, v, replace(BASE, quant=replace(BASE.quant, **{switch: v})), 0) for v in values]
@@ -58,45 +58,45 @@ def trials() -> list[tuple[str, object, Arm, int]]:
     return [*found, ("teacher", False, replace(BASE, teacher=False), 0)]
 
 
-def switches(lab: Lab) -> None:
+def switches(experiment: Experiment) -> None:
     """Quantize, score, train, score, for each trial."""
-    path, ids, config = RESULTS / "ablations.json", lab.text.validation[:EVAL_TOKENS], made_with(lab)
-    for switch, value, arm, seed in tqdm(trials(), unit="trial"):
+    teacher, budget, config = experiment.teacher, experiment.budget, made_with(experiment)
+    path, ids = RESULTS / "ablations.json", experiment.text.validation[:EVAL_TOKENS]
+    for switch, value, recipe, seed in tqdm(trials(), unit="trial"):
         if any((row["switch"], row["value"], row["seed"]) == (switch, value, seed) for row in rows_of(path, config)):
             continue
-        model = start(lab, arm, seed)
-        row = {"switch": switch, "value": value, "arm": arm.name, "seed": seed}
-        row["kl_ptq"] = kl_to(lab.teacher, model, ids, lab.budget.window)
-        teacher = lab.teacher if arm.teacher else None
-        last = train(model, lab.batches(seed), TrainConfig(steps=lab.budget.steps, **arm.rates), teacher)[-1]
-        row["kl_qat"] = kl_to(lab.teacher, model, ids, lab.budget.window)
+        model = quantized(experiment, recipe, seed)
+        row = {"switch": switch, "value": value, "method": recipe.name, "seed": seed}
+        row["kl_ptq"] = kl_to(teacher, model, ids, budget.window)
+        plan = TrainConfig(steps=budget.steps, **recipe.rates)
+        last = train(model, experiment.batches(seed), plan, teacher if recipe.teacher else None)[-1]
+        row["kl_qat"] = kl_to(teacher, model, ids, budget.window)
         row |= {"tokens": last["tokens"], "code_flips": last["flips"]}
         add_rows(path, [row], config)
 
 
-def longer(lab: Lab, seed: int = 0) -> None:
+def longer(experiment: Experiment, seed: int = 0) -> None:
     """Train with LONGER times the tokens and score at MARKS places, and before."""
-    path, ids, steps = RESULTS / "longer.json", lab.text.validation[:EVAL_TOKENS], LONGER * lab.budget.steps
-    config = made_with(lab)
-    for name, (arm_name, rates) in LONGER_ARMS.items():
-        if any(row["arm"] == name for row in rows_of(path, config)):
+    teacher, budget, config = experiment.teacher, experiment.budget, made_with(experiment)
+    path, ids, steps = RESULTS / "longer.json", experiment.text.validation[:EVAL_TOKENS], LONGER * budget.steps
+    for name, (method, rates) in LONGER_RUNS.items():
+        if any(row["method"] == name for row in rows_of(path, config)):
             continue
-        arm = next(arm for arm in ARMS if arm.name == arm_name)
-        model, found = start(lab, arm, seed), []
+        recipe = next(recipe for recipe in RECIPES if recipe.name == method)
+        model, found = quantized(experiment, recipe, seed), []
         begin = {n: layer.indices() for n, layer in quant_layers(model)}
 
         def score(step: int, *, model=model, found=found, begin=begin, name=name) -> None:
             if step % (steps // MARKS):
                 return
-            codes = [(layer.indices() != begin[n]).flatten() for n, layer in quant_layers(model)]
-            flips = sum(int(c.sum()) for c in codes) / sum(c.numel() for c in codes)
-            kl = kl_to(lab.teacher, model, ids, lab.budget.window)
-            tokens = step * lab.budget.window * lab.budget.batch
-            found.append({"arm": name, "seed": seed, "tokens": tokens, "kl": kl, "code_flips": flips})
+            moved = torch.cat([(layer.indices() != begin[n]).flatten() for n, layer in quant_layers(model)])
+            row = {"method": name, "seed": seed, "tokens": step * budget.window * budget.batch}
+            row["kl"] = kl_to(teacher, model, ids, budget.window)
+            found.append(row | {"code_flips": moved.double().mean().item()})
 
         score(0)
-        plan = TrainConfig(steps=steps, **{**arm.rates, **rates})
-        train(model, lab.batches(seed), plan, lab.teacher, on_step=lambda step, loss, score=score: score(step + 1))
+        plan = TrainConfig(steps=steps, **{**recipe.rates, **rates})
+        train(model, experiment.batches(seed), plan, teacher, on_step=lambda step, loss, score=score: score(step + 1))
         add_rows(path, found, config)
 
 
@@ -106,8 +106,8 @@ def main() -> None:
     args = options.parse_args()
     device = choose_device("cpu")
     teacher, tokenizer = load(BUNDLED, device)
-    lab = Lab(teacher, tokenizer, load_text("docstrings", tokenizer), Budget(), device)
-    {"switches": switches, "longer": longer}[args.what](lab)
+    experiment = Experiment(teacher, tokenizer, load_text("docstrings", tokenizer), Budget(), device)
+    {"switches": switches, "longer": longer}[args.what](experiment)
 
 
 if __name__ == "__main__":

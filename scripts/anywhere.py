@@ -1,7 +1,7 @@
 """Run unit tests and notebooks as they would run on other machines: `make anywhere`, or some conditions by name.
 
     python scripts/anywhere.py                    all conditions, in turn: about an hour on 2 cores
-    python scripts/anywhere.py avx2 threads-4     these alone
+    python scripts/anywhere.py avx2 threads-4     only these
     python scripts/anywhere.py --one-of SEED      one other processor, chosen by a hexadecimal number (a commit's)
 
 Sums of floating-point numbers depend on the order in which a processor adds, so a test that asks for equal bits, or a
@@ -31,7 +31,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "runs" / "anywhere"
 OFFLINE = {
-    "LCQAT_QUIET": "1",
+    "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -1,7 +1,7 @@
 """Run the notebooks from top to bottom and store their outputs: `make notebooks`, or some of them by name.
 
     python scripts/notebooks.py                 all of them, in order
-    python scripts/notebooks.py 02 05           these alone
+    python scripts/notebooks.py 02 05           only these
     python scripts/notebooks.py --slides        HTML slides of all, from the slide types in the cells' metadata
 
 Each runs in a kernel of its own, offline, in its own folder. A notebook is replaced only after all of its cells have
@@ -17,13 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+from lcqat_min.disk.whole_file import whole_file
 from lcqat_min.harness.results import describe, read_results, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "notebooks.json"
 GUIDE = ROOT / "notebooks" / "README.md"
 START, END = "<!-- times: start -->", "<!-- times: end -->"
-QUIET = {"LCQAT_QUIET": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run(path: Path) -> float:
@@ -43,9 +44,8 @@ def run(path: Path) -> float:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    part = path.with_name(path.name + ".part")
-    nbformat.write(book, part)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        nbformat.write(book, part)
     return seconds
 
 
@@ -62,9 +62,8 @@ def renew_guide(data: dict) -> None:
     """Put the run times into the guide."""
     text = GUIDE.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
-    part = GUIDE.with_name("README.md.part")
-    part.write_text(before + times(data) + after, encoding="utf-8")
-    os.replace(part, GUIDE)
+    with whole_file(GUIDE) as part:
+        part.write_text(before + times(data) + after, encoding="utf-8")
 
 
 def slides(paths: list[Path]) -> None:

@@ -17,7 +17,7 @@ time.
     python scripts/pretrain.py --max-minutes 60       # fit into an hour
     python scripts/pretrain.py --device cuda          # on a GPU
 
-Everything lives in runs/pretrain/: checkpoint/ (to go on from), snapshot/ (a model folder), log.jsonl.
+Everything is in runs/pretrain/: checkpoint/ (to go on from), snapshot/ (a model folder), log.jsonl.
 The end of the run writes the model folder with its model card.
 """
 
@@ -42,7 +42,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lcqat_min.harness.text import batches, documents, load_text, windows  # noqa: E402
+from lcqat_min.harness.batches import batches, windows  # noqa: E402
+from lcqat_min.harness.text import documents, load_text  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, WINDOW, BATCH = 4096, 256, 16
@@ -60,8 +61,8 @@ pipeline_tag: text-generation
 # doc-llama
 
 A small Llama that has read Python documentation. [`scripts/pretrain.py`](../../scripts/pretrain.py)
-trained it from scratch, as an object for quantization: small enough for a laptop, trained long enough
-that 2 bits hurt. It writes text like docstrings and knows nothing else; it is no assistant.
+trained it from scratch, to be quantized: small enough for a laptop, trained long enough
+that 2 bits hurt. It writes text like docstrings and knows nothing else; it is not an assistant.
 
 | | |
 |---|---|
@@ -291,7 +292,7 @@ def train(
     """From state["step"] to the end of the run, calling save(mean loss, rate) every SAVE_EVERY steps."""
     stream = batches(train_ids, WINDOW, BATCH, torch.Generator().manual_seed(args.seed))
     stream = itertools.islice(stream, state["step"], None)  # the same order as without an interruption
-    bar = tqdm(initial=state["step"], unit="step", disable=os.environ.get("LCQAT_QUIET") == "1")
+    bar = tqdm(initial=state["step"], unit="step")
     clock, losses = time.monotonic(), []
     while state["step"] < (total := planned_total(state, args)):
         bar.total, share = total, rate(state["step"], total)

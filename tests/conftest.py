@@ -1,7 +1,15 @@
 """What all tests share: no network, no GPU, quiet, few threads, small random models of two kinds."""
 
-import copy
 import os
+
+# Set before the first import of tqdm (by torch), triton, transformers or datasets, which read them once.
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # on the CPU; set it to 0 to test on a GPU
+
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Set before the first import of triton, transformers or datasets, which read them once.
-os.environ["LCQAT_QUIET"] = "1"
-os.environ["LCQAT_STRICT"] = "1"  # a fast way that fails raises, so that no test passes by the one that replaces it
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("TRITON_INTERPRET", "1")  # on the CPU; set it to 0 to test on a GPU
-
+os.environ["LCQAT_STRICT"] = "1"  # a fast way that fails is an error, not a warning
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two processes run side by side
 
 # Derandomized: a failure is a change of the code, never of the luck.

@@ -1,15 +1,16 @@
-"""`python -m lcqat_min check`: will everything run on this machine? Offline, with a remedy in each line.
+"""`python -m lcqat_min check`: is this machine ready? Offline, with a remedy in each line.
 
-It takes seconds, except the first time: then it builds the text, which takes a minute or two and spares notebooks the
-wait.
+It takes seconds, except the first time: then it builds the text, which takes a minute or two and which notebooks then
+need not do.
 
 Each check is a function that returns what it found or raises `Problem` with the remedy. A problem does not stop the
-checks after it, so one run shows all there is to mend. Needed checks decide the exit code (0: all well, 1: not);
-optional ones only say what will be missing.
+next checks, so one run shows all problems. Needed checks decide the exit code (0: all well, 1: not); optional ones only
+say what will be missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import os
@@ -18,10 +19,10 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from .machine import cores, free_memory, others
+from .machine import cores, free_memory
 
 RESTORE = "git checkout -- models in a clone, else pip install --force-reinstall --no-deps lcqat-min"
-NEEDED_MEMORY, NEEDED_DISK = 3e9, 1e9  # bytes: `compare` peaks at half of this; caches and runs
+NEEDED_MEMORY, NEEDED_DISK = 1.5e9, 1e9  # bytes: what `compare` takes at most; runs and caches
 
 
 class Problem(Exception):
@@ -29,33 +30,28 @@ class Problem(Exception):
 
 
 def python() -> str:
-    """The interpreter; one that is too old does not get as far as this."""
+    """The interpreter; one that is too old cannot run this."""
     return sys.version.split()[0]
 
 
 def packages() -> str:
-    """All that notebooks and code import is there."""
+    """All that notebooks and code import is installed."""
     names = ("torch", "numpy", "transformers", "safetensors", "datasets", "tqdm", "matplotlib")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(
-            f"{', '.join(missing)} cannot be imported by {sys.executable}. Set up .venv as README.md says "
-            "(`make setup`), and use the Python in there."
-        )
+    _installed(names)
     return ", ".join(f"{name} {version(name)}" for name in names[:3])
 
 
 def arithmetic() -> str:
-    """torch computes: a layer is rounded to 2 bits and comes back close."""
+    """torch computes: a matrix is rounded to 2 bits and comes back close."""
     import torch
 
+    from ..ptq.lcqat import normal_codebook
     from ..ptq.ldlq import round_matrix, row_scales
-    from ..ptq.matrix import normal_codebook
     from ..ptq.moments import factorize
 
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     rounded = round_matrix(W, factorize(torch.eye(64)), normal_codebook("planes", 4, 0), row_scales(W))
-    error = (rounded.weight() - W).square().mean().item()
+    error = (rounded.coded.weight() - W).square().mean().item()
     if not 0.08 < error < 0.12:
         raise Problem(
             f"rounding 64 x 64 normal weights leaves an error of {error:.3f} instead of 0.10. "
@@ -84,53 +80,45 @@ def model() -> str:
 
 def text() -> str:
     """The offline text can be built, or is cached."""
-    from transformers import AutoTokenizer
-
-    from ..harness.models import BUNDLED
+    from ..harness.models import BUNDLED, load_tokenizer
     from ..harness.text import load_text
 
     print("building or reading the text ...", file=sys.stderr, flush=True)
     try:
-        splits = load_text("docstrings", AutoTokenizer.from_pretrained(str(BUNDLED)))
+        splits = load_text("docstrings", load_tokenizer(BUNDLED))
     except (ValueError, OSError) as error:
         raise Problem(f"{error} If the cache cannot be written, set LCQAT_CACHE to a folder that can.") from error
-    return f"{len(splits.train) / 1e6:.1f} million tokens to train on"
+    return f"{len(splits.train) / 1e6:.1f} million training tokens"
 
 
 def memory() -> str:
-    """Enough memory is free, and not only for others."""
+    """Enough memory is free, also within the limits of a container."""
     if (found := free_memory()) is None:  # macOS and Windows
         return "this system does not say"
     free, limited = found
-    if free < NEEDED_MEMORY / 2:
-        remedy = (
-            (
-                "a control group (container, batch job) allows no more. Give it a higher limit, for example "
-                "docker run --memory 4g"
-            )
-            if limited
-            else "close other programs"
-        )
-        raise Problem(f"{free / 1e9:.1f} GB are free, and the comparison needs about 1.5 GB: {remedy}.")
-    return f"{free / 1e9:.0f} GB free" + (", as a control group allows" if limited else "")
+    if free < NEEDED_MEMORY:
+        remedy = "close other programs"
+        if limited:
+            remedy = "raise the limit of this container or batch job, for example docker run --memory 4g"
+        raise Problem(f"{free / 1e9:.1f} GB are free, and the comparison needs {NEEDED_MEMORY / 1e9:.1f} GB: {remedy}.")
+    return f"{free / 1e9:.0f} GB free" + (", the limit of a control group" if limited else "")
 
 
 def processors() -> str:
-    """The cores are ours, and torch uses as many threads."""
+    """The cores are free, and torch does not use more threads than cores."""
     import torch
 
-    allowed, threads, busy = cores(), torch.get_num_threads(), others()
+    allowed, threads = cores(), torch.get_num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    if sum(share for _, share in busy) > allowed / 4 or load > allowed + 1:  # this process is part of the load
-        most = "".join(f", {share:.1f} by {name}" for name, share in busy[:3])
+    if load > allowed + 1:  # this process is part of the load
         raise Problem(
-            f"the machine is busy: cores {allowed:g}, load {load:.1f}{most}. All will take longer, and times "
-            "mean little. Close other programs, or wait."
+            f"the machine is busy: cores {allowed:g}, load {load:.1f}. Everything will take longer, and times mean "
+            "little. Close other programs, or wait."
         )
     if threads > math.ceil(allowed):
         raise Problem(
-            f"{allowed:g} of {os.cpu_count()} cores may be used (control group or taskset), and torch has "
-            f"{threads} threads, which slow each other down. Set OMP_NUM_THREADS={math.ceil(allowed)}."
+            f"{allowed:g} of {os.cpu_count()} cores may be used (control group or taskset), and torch has {threads} "
+            f"threads, which slow each other down. Set OMP_NUM_THREADS={math.ceil(allowed)}."
         )
     return f"{allowed:g} of {os.cpu_count()} cores, load {load:.1f}"
 
@@ -139,22 +127,18 @@ def disk() -> str:
     """Enough disk is free where runs are written."""
     free = shutil.disk_usage(".").free
     if free < NEEDED_DISK:
-        raise Problem(f"{free / 1e9:.1f} GB are free here. Make room: runs and caches take up to 1 GB.")
+        raise Problem(f"{free / 1e9:.1f} GB are free here, and runs and caches take up to 1 GB. Delete something.")
     return f"{free / 1e9:.0f} GB free"
 
 
 def notebooks() -> str:
-    """Jupyter and a kernel are there."""
-    missing = [name for name in ("jupyterlab", "ipykernel") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(
-            f"{' and '.join(missing)} cannot be imported. Run `make setup`, or pip install -e '.[notebooks]'."
-        )
+    """Jupyter and a kernel are installed."""
+    _installed(("jupyterlab", "ipykernel"))
     return f"jupyterlab {version('jupyterlab')}: start with `make lab`, or `{sys.executable} -m jupyter lab notebooks`"
 
 
 def triton() -> str:
-    """Triton, for the kernel's lesson."""
+    """Triton, for the lesson on kernels."""
     try:
         return f"triton {version('triton')}"
     except PackageNotFoundError:
@@ -177,16 +161,24 @@ NEEDED = (python, packages, arithmetic, model, text, memory, disk, notebooks)
 OPTIONAL = (processors, triton, gpu)
 
 
-def check() -> bool:
-    """Run all checks, print one line for each; whether all that is needed is well."""
+def run_check(args: argparse.Namespace) -> int:
+    """Run all checks and print one line for each; 0 if all that is needed is well, else 1."""
     well = True
     for examine in (*NEEDED, *OPTIONAL):
         ok, found = _verdict(examine)
         mark = "ok" if ok else "PROBLEM" if examine in NEEDED else "note"
         print(f"{mark:<9}{examine.__name__:<12}{found}", flush=True)
         well &= ok or examine in OPTIONAL
-    print("All that is needed is here." if well else "Mend the lines marked PROBLEM, then run this again.")
-    return well
+    print("All that is needed is here." if well else "Solve the lines marked PROBLEM, then run this again.")
+    return 0 if well else 1
+
+
+def _installed(names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise Problem(
+            f"{sys.executable} cannot import {', '.join(missing)}. Set up .venv as README.md says (`make setup`), and "
+            "use the Python in there."
+        )
 
 
 def _verdict(examine: Callable[[], str]) -> tuple[bool, str]:

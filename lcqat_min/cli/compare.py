@@ -1,10 +1,10 @@
-"""The verb `compare`: a folder for the run, one arm after the other, then the table, sample texts and a picture.
+"""The command `compare`: a folder for the run, one method after the other, then the table, sample texts and a picture.
 
     runs/<time>/compare.json     every finished row, as soon as it is known
                /compare.svg      the picture, at the end
 
-What takes long is stored first. Samples and picture come after it, and if they fail that is a note: neither the rows
-nor the arms that are still to come depend on them. A folder belongs to one process while that works in it.
+What takes long is stored first. If samples or the picture fail, that is a note: neither the rows nor the remaining
+methods depend on them. A folder belongs to one process while that works in it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..disk.locks import alone
+from ..errors import UsageError
 from ..harness import report
-from ..harness.compare import ARMS, Arm, Budget, Lab, continue_text, fitting, run_arm, settings
+from ..harness.compare import RECIPES, Budget, Experiment, Recipe, continue_text, fitting, run_recipe, settings
 from ..harness.generate import encode_prompt
 from ..harness.models import BUNDLED, DATA, choose_device, label, load
 from ..harness.results import Results, optional, read_results, write_json
@@ -29,48 +29,40 @@ from ..harness.text import load_text, say_if_repeated
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Quantize one model in every way, train, and show the figures beside the committed ones."""
-    arms, seeds = arms_of(args.arms), list(dict.fromkeys(args.seeds))
+    """Quantize one model by every method, train, and show the figures beside the committed ones."""
+    recipes, seeds = recipes_of(args.methods), list(dict.fromkeys(args.seeds))
     device = choose_device(args.device)
     if args.save:
         _check_save(args)
-    with _folder(args) as folder:
+    with _folder(args.out) as folder:
         teacher, tokenizer = load(args.model or BUNDLED, device)
-        encode_prompt(teacher, tokenizer, args.prompt)  # one that is unusable ends here, before anything is computed
+        encode_prompt(teacher, tokenizer, args.prompt)  # an unusable one is refused here, before the work
         text = load_text(args.text, tokenizer, model=teacher)
         budget = Budget() if args.tokens is None else Budget(train_tokens=args.tokens)
         budget = fitting(budget, teacher, text)
-        config = settings(arms, budget, label(args.model), args.text, args.prompt, text.digest)
+        config = settings(recipes, budget, label(args.model), args.text, args.prompt, text.digest)
         results = Results(folder / "compare.json", config)
-        print(f"{config['model']} on {device}: {len(arms)} arms, seeds {seeds}, {budget}")
+        print(f"{config['model']} on {device}: {len(recipes)} methods, seeds {seeds}, {budget}")
         print(f"writing to {folder}", flush=True)
         say_if_repeated(text, budget.train_tokens)
-        _run_arms(Lab(teacher, tokenizer, text, budget, device), arms, seeds, args.prompt, results, folder)
+        _run_all(Experiment(teacher, tokenizer, text, budget, device), recipes, seeds, args.prompt, results)
         _show(results.data, args.prompt, folder)
         if args.save:
             save_committed(results.data)
 
 
-def arms_of(names: list[str] | None) -> list[Arm]:
-    """The arms of these names in the table's order, all for None; ValueError for a name of none."""
-    known = [arm.name for arm in ARMS]
+def recipes_of(names: list[str] | None) -> list[Recipe]:
+    """The recipes of these methods in the table's order, all for None; UsageError for an unknown name."""
+    known = [recipe.name for recipe in RECIPES]
     if unknown := [name for name in names or [] if name not in known]:
-        raise ValueError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(known)}")
-    return [arm for arm in ARMS if names is None or arm.name in names]
+        raise UsageError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
+    return [recipe for recipe in RECIPES if names is None or recipe.name in names]
 
 
 @contextmanager
-def _folder(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, for this process alone, and again gone if nothing was put into it."""
-    folder = args.resume or new_folder(args.out)
-    if not args.resume:
-        pass
-    elif args.out:
-        raise ValueError("--out names a new run's folder and --resume that of an old one: give one of them")
-    elif not (folder / "compare.json").exists():
-        raise ValueError(
-            f"nothing to resume: {folder / 'compare.json'} does not exist. Leave --resume out to start a run."
-        )
+def _folder(out: Path | None) -> Iterator[Path]:
+    """The run's folder, for this process alone; it is removed at the end if it is still empty."""
+    folder = run_folder(out)
     try:
         with alone(folder / "run"):
             yield folder
@@ -79,10 +71,10 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
             folder.rmdir()
 
 
-def new_folder(out: Path | None) -> Path:
-    """Make a folder that no other process has: `out`, else runs/<time>, with -2, -3, ... where that is taken.
+def run_folder(out: Path | None) -> Path:
+    """`out`, made here or holding a run already; None: a new runs/<time>, with -2, -3, ... where that exists.
 
-    ValueError for one that exists or cannot be made.
+    UsageError for a folder of something else, or one that cannot be made.
     """
     name = Path("runs") / time.strftime("%Y-%m-%d_%H%M%S")
     for folder in [out] if out else itertools.chain([name], (Path(f"{name}-{n}") for n in itertools.count(2))):
@@ -92,64 +84,60 @@ def new_folder(out: Path | None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"cannot write to {folder} ({error}): choose another --out") from error
-    raise ValueError(f"{out} exists already: go on with its run by --resume, or choose another --out")
+            raise UsageError(f"cannot write to {folder} ({error}): choose another --out") from error
+    if (out / "compare.json").is_file():
+        return out
+    raise UsageError(f"{out} exists already and holds no run of compare: choose another --out")
 
 
-def _run_arms(lab: Lab, arms: list[Arm], seeds: list[int], prompt: str, results: Results, folder: Path) -> None:
+def _run_all(experiment: Experiment, recipes: list[Recipe], seeds: list[int], prompt: str, results: Results) -> None:
     from tqdm import tqdm
 
-    quiet = os.environ.get("LCQAT_QUIET") == "1"
-    ppl_fp = lab.score(lab.teacher)[0]
-    todo = [(arm, seed) for seed in seeds for arm in arms if not results.has(arm.name, seed)]
-    for number, (arm, seed) in enumerate(todo, start=1):
-        steps = lab.budget.steps if arm.rates is not None else 0
-        checkpoint = folder / f"{arm.name}-{seed}.safetensors"
-        with tqdm(
-            total=steps, desc=f"[{number}/{len(todo)}] {arm.name} seed {seed}", disable=quiet, unit="step"
-        ) as bar:
-            row, model, history = run_arm(
-                lab, arm, seed, ppl_fp, checkpoint, lambda step, loss: bar.update(step + 1 - bar.n)
+    ppl_fp = experiment.score(experiment.teacher)[0]
+    todo = [(recipe, seed) for seed in seeds for recipe in recipes if not results.has(recipe.name, seed)]
+    for number, (recipe, seed) in enumerate(todo, start=1):
+        steps = experiment.budget.steps if recipe.rates is not None else 0
+        checkpoint = results.path.with_name(f"{recipe.name}-{seed}.safetensors")
+        with tqdm(total=steps, desc=f"[{number}/{len(todo)}] {recipe.name} seed {seed}", unit="step") as bar:
+            row, model, history = run_recipe(
+                experiment, recipe, seed, ppl_fp, checkpoint, lambda step, loss: bar.update(step + 1 - bar.n)
             )
             results.add(row, history)
             checkpoint.unlink(missing_ok=True)
-            bar.set_postfix_str(
-                f"KL {row['kl_ptq']:.4f}" + (f" -> {row['kl_qat']:.4f}" if row["kl_qat"] is not None else "")
-            )
+            bar.set_postfix_str(f"KL {report.cell([row], 'kl_ptq', '.4f')} -> {report.cell([row], 'kl_qat', '.4f')}")
         if seed == seeds[0]:
-            with optional(f"{arm.name} has no sample text; its row is stored"):
-                results.add_sample(arm.name, continue_text(lab, model, prompt))
+            with optional(f"{recipe.name} has no sample text; its row is stored"):
+                results.add_sample(recipe.name, continue_text(experiment, model, prompt))
 
 
 def _show(data: dict, prompt: str, folder: Path) -> None:
     committed, path = None, DATA / "results" / "compare.json"
-    with optional("the committed figures are not beside these"):
+    with optional("the committed figures are not shown"):
         committed = read_results(path) if path.exists() else None
     print("\n" + report.beside(data, committed))
-    print(f"\n{prompt!r}, continued by each arm (its first seed):")
-    for arm, sample in data["samples"].items():
-        print(f"  {arm:<15}{' '.join(sample.split())}")
+    print(f"\n{prompt!r}, continued by each method (its first seed):")
+    for method, sample in data["samples"].items():
+        print(f"  {method:<15}{' '.join(sample.split())}")
     print(f"\ntable: {folder / 'compare.json'}")
-    if any(row["arm"] != "fp" for row in data["rows"]):
+    if any(row["method"] != "fp" for row in data["rows"]):
         with optional("there is no picture; pip install matplotlib, if that is missing"):
             report.picture(data, folder / "compare.svg")
             print(f"picture: {folder / 'compare.svg'}")
 
 
 def _check_save(args: argparse.Namespace) -> None:
-    """ValueError, before any work, for a --save that would fail after it or put something else into the README."""
+    """UsageError, before any work, for a --save that would fail after it or change what the README is about."""
     if not (DATA / "README.md").is_file():
-        raise ValueError(
+        raise UsageError(
             "--save renews the results that are committed in a clone, and this package is not in one: "
             f"leave --save out, or run in a clone (there is no {DATA / 'README.md'})"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--save draws a picture, and {sys.executable} cannot import matplotlib: install it first")
-    other = [f"--{option}" for option in ("arms", "model", "tokens") if getattr(args, option) is not None]
+        raise UsageError(f"--save draws a picture, and {sys.executable} cannot import matplotlib: install it first")
+    other = [f"--{option}" for option in ("methods", "model", "tokens") if getattr(args, option) is not None]
     if other:
-        raise ValueError(
-            f"--save renews the results of all arms on the bundled model: leave out {' '.join(other)}, or "
-            "leave out --save (every run has its own folder)"
+        raise UsageError(
+            f"--save renews the results of all methods on the bundled model: leave out {' '.join(other)}, or --save"
         )
 
 

@@ -1,18 +1,16 @@
-"""What this process may use of the machine: memory, processor cores, and who else is using them. For `check`.
+"""What this process may use of the machine: memory and processor cores. For `check`.
 
-    system          /proc/meminfo: memory that is free, or would be if caches gave theirs back
-    control groups  Linux limits groups of processes, and containers and batch systems are such groups. A group lies in
-                    others, and the tightest limit holds. Version 2 has memory.max and cpu.max, version 1 a folder for
-                    each of memory and cpu
-    processes       /proc/<id>/stat counts ticks of processor time: two looks, and who has taken some in between
+    system          /proc/meminfo: memory that is free, or would be if caches were given up
+    control groups  Linux limits groups of processes; containers and batch systems are such groups. Groups are nested,
+                    and the tightest limit holds. Version 2 has the files memory.max and cpu.max, version 1 a folder
+                    each for memory and cpu
 
-Where the system does not say (macOS, Windows), the answers are None, all cores and nobody.
+Where the system does not say (macOS, Windows), the answers are None and all cores.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,15 +35,6 @@ def cores() -> float:
     return min([allowed, *filter(None, map(_cores_of, _groups("cpu")))])
 
 
-def others(seconds: float = 0.5) -> list[tuple[str, float]]:
-    """(name and id, cores in use) of the other processes that compute now, the busiest first."""
-    before = _ticks()
-    time.sleep(seconds if before else 0)
-    after, unit = _ticks(), os.sysconf("SC_CLK_TCK") * seconds if before else 1
-    used = [(key, (ticks - before[key]) / unit) for key, ticks in after.items() if key in before]
-    return sorted(((key, share) for key, share in used if share >= 0.05), key=lambda one: -one[1])
-
-
 def _groups(controller: str) -> Iterator[Path]:
     """Folders of the control groups that this process is in, each from its own up to the root."""
     for line in _text(PROC / "self" / "cgroup").splitlines():
@@ -53,7 +42,7 @@ def _groups(controller: str) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         base = GROUPS / controllers
-        own = base / path.lstrip("/")  # in a container it may be the path outside, which is not there
+        own = base / path.lstrip("/")  # in a container it may be the path outside, which does not exist inside
         yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(base))
 
 
@@ -65,7 +54,7 @@ def _memory_left(group: Path) -> int | None:
         numbers = [_text(group / name).strip() for name in (limit, used)]
         if all(map(str.isdecimal, numbers)):
             stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
-            return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get(cache, 0)))  # caches would be given back
+            return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get(cache, 0)))  # caches can be freed
     return None
 
 
@@ -75,18 +64,8 @@ def _cores_of(group: Path) -> float | None:
     return int(quota[0]) / int(quota[1]) if all(map(str.isdecimal, quota)) else None  # else "max" or -1: no limit
 
 
-def _ticks() -> dict[str, int]:
-    """Processor time of every other process, by name and id."""
-    found = {}
-    for file in PROC.glob("[0-9]*/stat"):
-        head, _, fields = _text(file).rpartition(")")  # a name may hold anything, a bracket too
-        if fields and file.parent.name != str(os.getpid()):
-            found[f"{head.partition('(')[2]} (process {file.parent.name})"] = sum(map(int, fields.split()[11:13]))
-    return found
-
-
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not there, not for us, or the process has ended
+    except OSError:  # it does not exist, or may not be read
         return ""

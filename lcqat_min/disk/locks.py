@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from ..errors import UsageError
+
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # another process holds the lock; other errors: there are no locks
 
 
@@ -32,7 +34,7 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
             break
         file.close()
         if held and not wait:
-            raise ValueError(f"another process is at work here (it holds {name}): wait, or choose another folder")
+            raise UsageError(f"another process is at work here (it holds {name}): wait, or choose another folder")
         time.sleep(0.02)
     with file:
         try:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import UsageError
 from .locks import alone
 
 
@@ -65,4 +66,4 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): {remedy}") from error
+        raise UsageError(f"{path} is truncated or damaged ({error}): {remedy}") from error

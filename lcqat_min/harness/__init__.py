@@ -1,23 +1,25 @@
 """Text, models, evaluation and the comparison: what all methods are measured with."""
 
+from .batches import batches, sample_windows, windows
 from .code_stats import CodeStats, code_stats, indices_of
-from .compare import ARMS, Budget, Lab, start
-from .evaluate import Perplexity, kl_to, perplexity, perplexity_and_kl
+from .compare import RECIPES, Budget, Experiment, Recipe, quantized, run_recipe
+from .evaluate import Perplexity, kl_to, perplexity
 from .models import BUNDLED, choose_device, load
-from .report import by_arm, caption, spread, table
+from .report import by_method, caption, spread, table
 from .results import read_results
-from .text import Splits, batches, load_text, sample_windows, windows
+from .text import Splits, load_text
 
 __all__ = [
-    "ARMS",
     "BUNDLED",
     "Budget",
     "CodeStats",
-    "Lab",
+    "Experiment",
     "Perplexity",
+    "RECIPES",
+    "Recipe",
     "Splits",
     "batches",
-    "by_arm",
+    "by_method",
     "caption",
     "choose_device",
     "code_stats",
@@ -26,11 +28,11 @@ __all__ = [
     "load",
     "load_text",
     "perplexity",
-    "perplexity_and_kl",
+    "quantized",
     "read_results",
+    "run_recipe",
     "sample_windows",
     "spread",
-    "start",
     "table",
     "windows",
 ]

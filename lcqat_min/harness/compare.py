@@ -1,15 +1,16 @@
-"""The main job: one small language model, every way to 2 bits, equal data, one table.
+"""The comparison: one small language model, several ways to quantize it to 2 bits, equal data, one table.
 
-An *arm* is a way to quantize and, for most, to train after. All arms see the same calibration text, batches, order,
-steps and teacher. Learning rates come from one search of equal size for each trained arm (scripts/search_rates.py,
-on validation text); the table is measured on test text that neither training nor the search has seen.
+A *method* is a way to quantize and, for most, to train afterwards; a `Recipe` holds its settings. All methods see the
+same calibration text, batches, order, number of steps and teacher. The learning rates of each trained method come from
+one search of equal size (scripts/search_rates.py, on validation text); the table is measured on test text that neither
+training nor the search has seen.
 
-    perplexity   exp of the mean loss per token                        evaluate.perplexity
-    KL           distance to the unquantized model, nats per token     evaluate.kl_to: tells arms apart that
-                                                                       perplexity on a small text cannot
+    perplexity   exp of the mean loss per token                       evaluate.perplexity
+    KL           distance to the unquantized model, nats per token    evaluate.kl_to: on a small text it separates
+                                                                      methods that perplexity does not
 
-Each (arm, seed) gives one row, written to <run>/compare.json as soon as it is known (a temporary file, renamed). A run
-that was interrupted goes on with `--resume <run>`: finished rows are kept and a half-trained arm continues from its
+Each (method, seed) gives one row, written to <run>/compare.json as soon as it is known. A run that was interrupted goes
+on when it is started again with the same --out: finished rows are kept, and a half-trained method continues from its
 last checkpoint. A seed decides the calibration text, the random signs, the codebook fit and the order of the batches.
 """
 
@@ -19,13 +20,14 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..language_model import longest_window
 from ..packing.convert import to_storage_precision
 from ..packing.size import bits_per_weight
@@ -36,14 +38,19 @@ from ..qat.config import TrainConfig
 from ..qat.loop import train
 from ..systems.free_vq import FreeVQ
 from ..systems.lsq import LSQ
-from .evaluate import perplexity_and_kl
+from .batches import batches, sample_windows
+from .evaluate import kl_to, perplexity
 from .generate import continue_prompt
-from .text import Splits, batches, sample_windows
+from .text import Splits
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A way to 2 bits. quant None: unquantized. rates None: no training. `rates`: learning rates of TrainConfig."""
+class Recipe:
+    """The settings of a method.
+
+    quant: None leaves the model unquantized. rates: learning rates of TrainConfig; None does not train. teacher: train
+    on the unquantized model's predictions, else on next tokens.
+    """
 
     name: str
     what: str
@@ -54,41 +61,41 @@ class Arm:
 
 _SCALAR = LCQAT(codebook="scalar", rotate="none")
 
-ARMS = (
-    Arm("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
-    Arm("rtn", "scalar, rounded plainly", replace(_SCALAR, feedback=False)),
-    Arm("gptq", "scalar, rounded with error feedback", _SCALAR),
-    Arm(
+RECIPES = (
+    Recipe("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
+    Recipe("rtn", "scalar, rounded plainly", replace(_SCALAR, feedback=False)),
+    Recipe("gptq", "scalar, rounded with error feedback", _SCALAR),
+    Recipe(
         "sq-paretoq",
         "scalar QAT from its published start: step = row maximum / 2",
         LSQ(feedback=False, scale="max"),
         {"lr_latents": 0.003, "lr_scales": 0.01, "lr_codebooks": 0.01},
     ),
-    Arm(
+    Recipe(
         "sq",
         "scalar QAT from the start with error feedback",
         LSQ(),
         {"lr_latents": 0.003, "lr_scales": 0.001, "lr_codebooks": 0.001},
     ),
-    Arm(
+    Recipe(
         "lcqat-release",
         "scalar grid, rotated, frozen codebook, DGE gradient",
         LCQAT(codebook="scalar", learn_codebook=False, estimator="dge", start_on_codes=True),
         {"lr_latents": 0.003, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
-    Arm(
+    Recipe(
         "lcqat-paper",
         "4-D integer lattice, rotated, A and b learned",
         LCQAT(codebook="lattice"),
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
-    Arm(
+    Recipe(
         "lcqat-planes",
         "untied bit-planes, rotated, A and b learned",
         LCQAT(),
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
-    Arm(
+    Recipe(
         "free-vq",
         "256-entry table, rotated, codes frozen, table learned",
         FreeVQ(),
@@ -99,7 +106,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm gets. Tokens; `window` tokens per sequence, `batch` sequences per step."""
+    """What every method gets, in tokens; `window` tokens per sequence, `batch` sequences per step."""
 
     train_tokens: int = 61_440
     calibration_tokens: int = 32_768
@@ -114,8 +121,8 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Lab:
-    """What all arms share: the unquantized model, the text and the budget."""
+class Experiment:
+    """What all methods share: the unquantized model, the text and the budget."""
 
     teacher: nn.Module
     tokenizer: object
@@ -129,30 +136,29 @@ class Lab:
         count = max(1, b.calibration_tokens // b.window)
         return list(sample_windows(self.text.train, count, b.window, torch.Generator().manual_seed(seed)).split(8))
 
-    def batches(self, seed: int):
+    def batches(self, seed: int) -> Iterator[Tensor]:
         """Training batches [batch, window] in the order of a seed."""
         generator = torch.Generator().manual_seed(1000 + seed)
         return batches(self.text.train, self.budget.window, self.budget.batch, generator)
 
-    def score(self, model: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
-        """Perplexity and KL to the unquantized model on the test text (or other ids)."""
-        ids = (self.text.test if ids is None else ids)[: self.budget.eval_tokens]
-        found, kl = perplexity_and_kl(self.teacher, model, ids, self.budget.window)
-        return found.value, kl
+    def score(self, model: nn.Module) -> tuple[float, float]:
+        """Perplexity, and KL to the unquantized model in nats per token, on the test text."""
+        ids, window = self.text.test[: self.budget.eval_tokens], self.budget.window
+        return perplexity(model, ids, window).value, kl_to(self.teacher, model, ids, window)
 
 
-def start(lab: Lab, arm: Arm, seed: int) -> nn.Module:
-    """A copy of the unquantized model, quantized as the arm says and not yet trained, in the precision of its file."""
-    model = copy.deepcopy(lab.teacher)
-    if arm.quant is not None:
-        quantize(model, lab.calibration(seed), arm.quant, seed=seed)
+def quantized(experiment: Experiment, recipe: Recipe, seed: int) -> nn.Module:
+    """A copy of the unquantized model, quantized but not yet trained, in the precision of its file."""
+    model = copy.deepcopy(experiment.teacher)
+    if recipe.quant is not None:
+        quantize(model, experiment.calibration(seed), recipe.quant, seed=seed)
         to_storage_precision(model)
     return model
 
 
-def run_arm(
-    lab: Lab,
-    arm: Arm,
+def run_recipe(
+    experiment: Experiment,
+    recipe: Recipe,
     seed: int,
     ppl_fp: float,
     checkpoint: Path | None = None,
@@ -160,55 +166,49 @@ def run_arm(
 ) -> tuple[dict, nn.Module, list[dict]]:
     """Quantize, score, train, score: the row of the results, the model and the training history.
 
-    What is scored has the 16-bit scales and codebooks whose bits are counted: the model that its file will hold.
+    The model is scored with 16-bit scales and codebooks, as they are counted and as its file will hold them.
     """
     clock = time.perf_counter()
-    model = start(lab, arm, seed)
-    row = {"arm": arm.name, "seed": seed, "bits_per_weight": bits_per_weight(model).per_weight, "ppl_fp": ppl_fp}
+    model = quantized(experiment, recipe, seed)
+    row = {"method": recipe.name, "seed": seed, "bits_per_weight": bits_per_weight(model).per_weight, "ppl_fp": ppl_fp}
     row["seconds_ptq"] = time.perf_counter() - clock
-    row["ppl_ptq"], row["kl_ptq"] = lab.score(model)
+    row["ppl_ptq"], row["kl_ptq"] = experiment.score(model)
     history: list[dict] = []
     row |= {"ppl_qat": None, "kl_qat": None, "code_flips": None, "tokens": 0, "seconds_qat": 0.0}
-    if arm.rates is not None:
+    if recipe.rates is not None:
         clock = time.perf_counter()
-        config = TrainConfig(steps=lab.budget.steps, **arm.rates)
-        history = train(
-            model,
-            lab.batches(seed),
-            config,
-            lab.teacher if arm.teacher else None,
-            checkpoint=checkpoint,
-            on_step=on_step,
-        )
+        config = TrainConfig(steps=experiment.budget.steps, **recipe.rates)
+        teacher = experiment.teacher if recipe.teacher else None
+        history = train(model, experiment.batches(seed), config, teacher, checkpoint=checkpoint, on_step=on_step)
         row["seconds_qat"] = time.perf_counter() - clock
         to_storage_precision(model)
-        row["ppl_qat"], row["kl_qat"] = lab.score(model)
+        row["ppl_qat"], row["kl_qat"] = experiment.score(model)
         row["code_flips"], row["tokens"] = history[-1]["flips"], history[-1]["tokens"]
-    return row | {"peak_mb": peak_mb(lab.device)}, model, history
+    return row | {"peak_mb": peak_mb(experiment.device)}, model, history
 
 
-def continue_text(lab: Lab, model: nn.Module, prompt: str, tokens: int = 40) -> str:
+def continue_text(experiment: Experiment, model: nn.Module, prompt: str, tokens: int = 40) -> str:
     """Greedy continuation of a prompt."""
-    _, new = continue_prompt(model, lab.tokenizer, prompt, tokens)
-    return lab.tokenizer.decode(new, skip_special_tokens=True)
+    _, new = continue_prompt(model, experiment.tokenizer, prompt, tokens)
+    return experiment.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def fitting(budget: Budget, model: nn.Module, text: Splits) -> Budget:
-    """The budget as far as model and text go: windows that the model reads, no more text than there is.
+    """The budget, reduced to the windows that the model can read and to the text that there is.
 
-    ValueError for a text without one training batch.
+    UsageError for a text without one training batch.
     """
     window = min(budget.window, longest_window(model) or budget.window)
     if len(text.train) < window * budget.batch:
-        raise ValueError(
+        raise UsageError(
             f"the text {text.source!r} has {len(text.train)} training tokens, and one step takes "
             f"{window * budget.batch}: give a longer text"
         )
-    calibration, judged = min(budget.calibration_tokens, len(text.train)), min(budget.eval_tokens, len(text.test))
-    return replace(budget, window=window, calibration_tokens=calibration, eval_tokens=judged)
+    calibration, scored = min(budget.calibration_tokens, len(text.train)), min(budget.eval_tokens, len(text.test))
+    return replace(budget, window=window, calibration_tokens=calibration, eval_tokens=scored)
 
 
-def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str, digest: str | None = None) -> dict:
+def settings(recipes: Sequence[Recipe], budget: Budget, model: str, text: str, prompt: str, digest: str) -> dict:
     """All that decides a result, as plain JSON values. digest: of the text's token ids, Splits.digest."""
     found = {
         "model": model,
@@ -216,18 +216,19 @@ def settings(arms: list[Arm], budget: Budget, model: str, text: str, prompt: str
         "text_digest": digest,
         "budget": asdict(budget),
         "prompt": prompt,
-        "arms": {arm.name: asdict(arm) for arm in arms},
+        "methods": {recipe.name: asdict(recipe) for recipe in recipes},
     }
     return json.loads(json.dumps(found))
 
 
-def made_with(lab: Lab) -> dict:
-    """What the files of results beside compare.json (rates, ablations) were made with: budget and text."""
-    return {"budget": asdict(lab.budget), "text": lab.text.source, "text_digest": lab.text.digest}
+def made_with(experiment: Experiment) -> dict:
+    """Settings of the other results (rates, ablations): the budget and the text."""
+    text = experiment.text
+    return {"budget": asdict(experiment.budget), "text": text.source, "text_digest": text.digest}
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """Peak memory of the process so far (CPU) or of the allocator (CUDA), MB; None where the system cannot tell."""
+    """Peak memory of the process so far (CPU) or of the allocator (CUDA), MB; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:

@@ -1,12 +1,12 @@
-"""A corpus that every reader has: the docstrings of the packages that are installed here.
+"""A corpus that every reader has: the docstrings of the installed packages.
 
     source code --ast--> docstrings of modules, classes, functions; and the string constants of pydoc_data.topics,
                          the language reference that help() shows
 
-Source is parsed, never imported: reading somebody's documentation must not run their code.
+Source is parsed, never imported: reading documentation must not run code.
 
-Limits: docstrings of one package resemble each other (near-duplicates are not removed), so a model finds
-unseen ones easier than text of another field; and readers with other package versions have other texts.
+Limits: docstrings of one package resemble each other (near-duplicates are not removed), so a model predicts unseen ones
+better than other text; and readers with other package versions have other texts.
 """
 
 import ast
@@ -33,7 +33,7 @@ def docstrings_of(source: bytes | str) -> list[str]:
     """Docstrings of a module and of the classes and functions in it, dedented; [] if it does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
+            warnings.simplefilter("ignore")  # invalid escapes in the source
             todo: list[ast.AST] = [ast.parse(source)]
     except (SyntaxError, ValueError, RecursionError):
         return []
@@ -68,19 +68,19 @@ def _package_folders() -> list[Path]:
     return [Path(sysconfig.get_paths()["stdlib"]), *map(Path, folders)]
 
 
-def docstrings(quiet: bool) -> list[str]:
-    """All docstrings of at least MIN_CHARS characters; `quiet`: without a progress bar."""
+def docstrings() -> list[str]:
+    """All docstrings of at least MIN_CHARS characters."""
     from tqdm.auto import tqdm
 
     files = [path for folder in _package_folders() for path in python_files(folder)]
     texts = []
     was_on = gc.isenabled()
-    gc.disable()  # syntax trees hold no cycles, and looking for some takes a third of the time
+    gc.disable()  # syntax trees have no cycles, and searching for them takes a third of the time
     try:
-        for path in tqdm(files, desc="reading docstrings", unit=" files", disable=quiet):
+        for path in tqdm(files, desc="reading docstrings", unit=" files"):
             try:
                 source = path.read_bytes()
-            except OSError:  # a dangling link, or a file of somebody else's
+            except OSError:  # a dangling link, or a file that this user may not read
                 continue
             texts += topics_of(source) if path.match("pydoc_data/topics.py") else docstrings_of(source)
     finally:

@@ -1,38 +1,37 @@
-"""How good is a quantized language model: perplexity, and the divergence from the model it came from.
+"""How good a quantized language model is: its perplexity, and its divergence from the model it was made from.
 
 Perplexity. A causal model gives each token t_i a probability from the tokens before it. With N scored tokens
 
-    nll = -(1/N) sum_i log p(t_i | context_i)        nats a token
-    perplexity = exp(nll)                            1 = certain, vocabulary size = uniform guessing
+    nll = -(1/N) sum_i log p(t_i | context_i)        nats per token
+    perplexity = exp(nll)                            1: certain, size of the vocabulary: uniform guessing
 
 The number depends on what each token is allowed to see, so a result carries its parameters:
 
-    window   tokens the model reads at once
-    stride   how far the window moves on
+    window   tokens that the model reads at once
+    stride   tokens from the start of one window to the start of the next
     bos      a token put before every window, or none
 
     stride = window (the papers' protocol)           stride < window
     |0 1 2 3|4 5 6 7|8 9         text, window 4      |0 1 2 3|             stride 2
       . . .   . . .              scored                . . .
                                                          |2 3 4 5|         scored: the new tokens,
-                                                              . .          each once, with at least
+                                                              . .          each once, with a minimum of
                                                              |4 5 6 7|     window - stride tokens
                                                                   . .      of context
 
-With stride = window the first token of each window has nothing before it and is scored only if there is a
-`bos`; an incomplete last window is dropped. With stride < window no token is dropped: the last window moves
-back to end with the text. A smaller stride gives more context, for window / stride times the work. Compare
-numbers only if text, tokenizer, window, stride and bos agree.
+With stride = window the first token of each window has no context and is scored only if there is a `bos`; an incomplete
+last window is dropped. With stride < window no token is dropped: the last window is moved back to the end of the text.
+A smaller stride gives more context, for window / stride times the work. Compare numbers only if text, tokenizer,
+window, stride and bos agree.
 
-Divergence. KL(teacher || model) = sum_v p_v (log p_v - log q_v), a mean over all positions, in nats a token.
-It looks at whole distributions where perplexity looks at one token of each, so on a small text it tells apart
-models whose perplexities agree within the noise. It says how far a model moved, not whether it became better.
+Divergence. KL(teacher || model) = sum_v p_v (log p_v - log q_v), a mean over all positions, in nats per token. It
+compares whole distributions where perplexity uses one probability of each, so on a small text it separates models whose
+perplexities agree within the noise. It says how far a model has moved, not whether it has become better.
 
-Cost: one forward pass a window. The logits of a batch, batch_size x window x vocabulary, are the peak of
-memory: what comes after them works on slices of at most 64 MiB.
+Cost: one forward pass per window. The peak of memory is the logits of a batch, batch_size x window x vocabulary: what
+follows them works on slices of at most 64 MiB.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..language_model import IGNORED, check_model, check_tokens, keep_modes, logits_of
 
 SLICE_ELEMENTS = 2**24  # logits upcast at a time: 64 MiB in float32
@@ -51,7 +51,7 @@ class Perplexity:
     """A perplexity with all that is needed to repeat it."""
 
     value: float  # exp(nll)
-    nll: float  # mean negative log-likelihood, nats a token
+    nll: float  # mean negative log-likelihood, nats per token
     tokens: int  # number of scored tokens
     window: int  # tokens read at once, without bos
     stride: int  # tokens from one window to the next
@@ -59,7 +59,7 @@ class Perplexity:
 
     def __str__(self) -> str:
         return (
-            f"perplexity {self.value:.4g} ({self.nll:.4f} nats a token, {self.tokens} tokens scored; "
+            f"perplexity {self.value:.4g} ({self.nll:.4f} nats per token, {self.tokens} tokens scored; "
             f"window {self.window}, stride {self.stride}, bos {self.bos})"
         )
 
@@ -83,8 +83,8 @@ def perplexity(
         bos: token id put before every window, or None.
         batch_size: windows in one forward pass.
     Returns: the result with its parameters; log-softmax in float32, sums in float64.
-    Raises: ValueError if an argument is out of range, the text is shorter than one window or of another vocabulary, or
-        the model is no causal language model.
+    Raises: UsageError if an argument is out of range, the text is shorter than one window or of another vocabulary, or
+        the model is not a causal language model.
     """
     stride = window if stride is None else stride
     _check(ids, window, stride, batch_size, 2 if bos is None else 1, model)
@@ -102,13 +102,13 @@ def perplexity(
 
 
 def kl_to(teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, batch_size: int = 8) -> float:
-    """Mean KL(teacher || model) in nats a token, over all positions of the non-overlapping windows of `ids`.
+    """Mean KL(teacher || model) in nats per token, over all positions of the non-overlapping windows of `ids`.
 
     Args:
         teacher, model: causal language models as in `perplexity`, one vocabulary; their devices may differ.
         ids: integer [T], T >= window; an incomplete last window is dropped.
     Returns: 0 for equal models; rounding in float32 can leave a tiny negative number for nearly equal ones.
-    Raises: ValueError if an argument is out of range or the vocabularies differ in size.
+    Raises: UsageError if an argument is out of range or the vocabularies differ in size.
     """
     _check(ids, window, window, batch_size, 1, teacher, model)
     total, positions = 0.0, 0
@@ -119,34 +119,17 @@ def kl_to(teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, 
     return total / positions
 
 
-def perplexity_and_kl(
-    teacher: nn.Module, model: nn.Module, ids: Tensor, window: int = 256, batch_size: int = 8
-) -> tuple[Perplexity, float]:
-    """`perplexity(model, ids, window)` and `kl_to(teacher, model, ids, window)` from one forward pass of each."""
-    _check(ids, window, window, batch_size, 2, teacher, model)
-    nll, kl, tokens, positions = 0.0, 0.0, 0, 0
-    with _evaluating(teacher, model):
-        for x, new in _window_batches(ids, window, window, batch_size):
-            teacher_logits, logits = _both_logits(teacher, model, x)
-            labels = _with_labels(x, new, None)[1]
-            nll, kl = nll + _sum_nll(logits, labels), kl + _sum_kl(teacher_logits, logits)
-            tokens, positions = tokens + int((labels != IGNORED).sum()), positions + x.numel()
-    nll /= tokens
-    value = torch.tensor(nll, dtype=torch.float64).exp().item()
-    return Perplexity(value, nll, tokens, window, window, None), kl / positions
-
-
 def _check(ids: Tensor, window: int, stride: int, batch_size: int, shortest_window: int, *models: nn.Module) -> None:
     if ids.dim() != 1 or ids.is_floating_point():
-        raise ValueError(f"ids must be integers of shape [T], got {ids.dtype} of shape {list(ids.shape)}")
+        raise UsageError(f"ids must be integers of shape [T], got {ids.dtype} of shape {list(ids.shape)}")
     if window < shortest_window:
-        raise ValueError(f"window must be at least {shortest_window} to score a token, got {window}")
+        raise UsageError(f"window must be at least {shortest_window} to score a token, got {window}")
     if not 1 <= stride <= window:
-        raise ValueError(f"stride must be 1 ... window ({window}) so that no token is left out, got {stride}")
+        raise UsageError(f"stride must be 1 ... window ({window}) so that no token is left out, got {stride}")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     if len(ids) < window:
-        raise ValueError(
+        raise UsageError(
             f"the text has {len(ids)} tokens, less than one window of {window}: "
             f"pass a longer text, or a window of at most {len(ids)}"
         )
@@ -206,7 +189,7 @@ def _rows_a_slice(logits: Tensor) -> int:
 def _both_logits(teacher: nn.Module, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     teacher_logits, logits = logits_of(teacher, x), logits_of(model, x)
     if (theirs := teacher_logits.shape[-1]) != (ours := logits.shape[-1]):
-        raise ValueError(
+        raise UsageError(
             f"the teacher has a vocabulary of {theirs} tokens, the model of {ours}: "
             "KL needs one vocabulary, so compare models that share a tokenizer and its padding"
         )
@@ -222,10 +205,8 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _progress(batches: list) -> Iterable:
-    if os.environ.get("LCQAT_QUIET") == "1":
-        return batches
     try:
         from tqdm import tqdm
-    except ImportError:  # no bar, then
+    except ImportError:  # then there is no bar
         return batches
     return tqdm(batches, desc="evaluate", unit="batch", leave=False)

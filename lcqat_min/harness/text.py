@@ -1,23 +1,19 @@
-"""Text to train on, to calibrate on and to be judged on, without a download.
+"""Text to train on, to calibrate on and to score on, without a download.
 
-Quantization needs three things of a corpus: batches to train on, a few windows to calibrate on, and text
-that neither has seen, to measure perplexity. Every reader of this project already owns such a corpus: the
-docstrings of the packages it installs, those of the standard library, and the language reference that
-`help()` shows (harness/corpus.py). Some ten million tokens of technical English and code; no network, no
-licence question.
+Quantization needs batches to train on, a few windows to calibrate on, and text that neither has seen, to measure
+perplexity. Every reader of this project already has such a corpus: the docstrings of the installed packages, those of
+the standard library, and the language reference that `help()` shows (harness/corpus.py). These are some ten million
+tokens of technical English and code, without a network or a licence question.
 
     source code --ast--> docstrings --sha256--> train 96 %, validation 2 %, test 2 % --tokenizer--> ids [T]
 
-Two rules make the numbers trustworthy:
-
-* A document goes to its split by a hash of its own text. Equal texts meet in one split (and are kept once),
-  so nothing of validation or test is in train, and a new version of a package moves only the documents it
-  changed.
+* A document goes to its split by a hash of its own text. Equal texts meet in one split (and are kept once), so no
+  document of validation or test is in train, and a new version of a package moves only the documents it changed.
 * Documents are ordered by that hash, so the same texts give the same ids on every file system.
 
-Limits: docstrings resemble each other (harness/corpus.py), so this validation text is easier than one of
-another field would be; and perplexities of readers with other package versions differ a little. Compare two
-models on one machine, or use "wikitext2", the same for everyone.
+Limits: docstrings resemble each other, so perplexity is lower here than on other text; and readers with other package
+versions have a slightly different text. Compare two models on one machine, or use "wikitext2", which is the same for
+everyone.
 
     splits = load_text("docstrings", tokenizer)     # or "wikitext2", or the path of a text file or folder
     splits.train                                    # LongTensor [T], documents joined by the end-of-text id
@@ -26,13 +22,13 @@ models on one machine, or use "wikitext2", the same for everyone.
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import LongTensor
 
+from ..errors import UsageError
 from ..language_model import check_tokens
 from .corpus import docstrings
 from .text_cache import cached
@@ -66,22 +62,22 @@ def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = No
     """Token ids of a corpus, split into train, validation and test.
 
     Args:
-        source: "docstrings" (offline), "wikitext2" (needs a download once), or the path of a text file or of
-            a folder of .txt and .md files. Those are cut at blank lines into pieces of about 1000 characters, which
-            are dealt out by hash like documents: a window holds several pieces, and test pieces have neighbours
-            in train, so such perplexities compare models and are not those of the text read in order.
+        source: "docstrings" (offline), "wikitext2" (needs a download once), or the path of a text file or of a folder
+            of .txt and .md files. Those are cut at blank lines into pieces of about 1000 characters, which are
+            assigned to splits by hash, like documents. A window then holds several pieces, and pieces of the test
+            split have neighbours in train: such perplexities compare models, but are not those of the text in order.
         tokenizer: a Hugging Face tokenizer with an `eos_token_id`, which joins the documents.
-        model: the language model to be fed with it, if its vocabulary is to be compared with the ids.
-        cache_dir: where ids of the named sources are kept (harness/text_cache.py). Local files are read anew each time.
+        model: a language model whose vocabulary must hold the ids.
+        cache_dir: where ids of the named sources are kept (harness/text_cache.py). Local files are read each time.
 
     Raises:
-        ValueError: unknown source, too little text, a tokenizer without end-of-text token, or one that gives ids
-            that the model does not have.
-        FileNotFoundError: "wikitext2" can be neither found nor fetched.
+        UsageError: unknown source, too little text, a tokenizer without end-of-text token, or ids that the model does
+            not have.
+        FileNotFoundError: "wikitext2" can be neither found nor downloaded.
     """
     source = str(source)
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
+        raise UsageError("the tokenizer has no end-of-text token to join documents; set tokenizer.eos_token")
     if source in ("docstrings", "wikitext2"):
         ids = cached(source, tokenizer, lambda: _tokenize(source, tokenizer), cache_dir)
     else:
@@ -93,20 +89,20 @@ def load_text(source: str, tokenizer, *, model=None, cache_dir: Path | None = No
 
 
 def say_if_repeated(splits: Splits, tokens: int) -> None:
-    """Print a note where training on so many tokens shows some of the text more than once."""
+    """Print a note if training on so many tokens uses some of the text more than once."""
     if tokens > len(splits.train):
-        print(f"note: the text has {len(splits.train)} tokens to train on, so {tokens} show it more than once")
+        print(f"note: the text has {len(splits.train)} training tokens, so {tokens} use some of it more than once")
 
 
 def documents(source: str) -> dict[str, list[str]]:
     """The texts behind `load_text`, by split; train a tokenizer on documents(source)["train"] alone."""
     if source == "docstrings":
-        return split_by_hash(docstrings(_quiet()))
+        return split_by_hash(docstrings())
     if source == "wikitext2":
         return _wikitext2()
     path = Path(os.path.expanduser(source))
     if not path.exists():
-        raise ValueError(
+        raise UsageError(
             f"unknown text source {source!r}: accepted are 'docstrings', 'wikitext2', or the path of an "
             "existing text file or folder of .txt and .md files"
         )
@@ -114,11 +110,11 @@ def documents(source: str) -> dict[str, list[str]]:
 
 
 def split_by_hash(texts: list[str]) -> dict[str, list[str]]:
-    """Deal texts to the splits (96/2/2 %) by their sha256, each text once, ordered by the hash."""
+    """Assign texts to the splits (96/2/2 %) by their sha256, each text once, ordered by the hash."""
     by_hash = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts}
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for digest in sorted(by_hash):
-        # The digest's end, because its beginning is the sorting key.
+        # The end of the digest decides, since its beginning is the sorting key.
         name = {0: "validation", 1: "test"}.get(int(digest[-8:], 16) % 50, "train")
         splits[name].append(by_hash[digest])
     return splits
@@ -133,7 +129,7 @@ def _local_pieces(path: Path) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
         if not files:
-            raise ValueError(f"the folder {path} holds no .txt or .md file: give the folder of such files, or one file")
+            raise UsageError(f"the folder {path} holds no .txt or .md file: give the folder of such files, or one file")
     pieces = []
     for file in files:
         piece = ""
@@ -150,9 +146,8 @@ def _utf8(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 ({error}): save it as UTF-8, for instance by "
-            "iconv -f ITS_ENCODING -t utf8, or leave it out"
+        raise UsageError(
+            f"{file} is not UTF-8 ({error}): convert it, for instance by iconv -f ITS_ENCODING -t utf8, or leave it out"
         ) from error
 
 
@@ -161,15 +156,10 @@ def _wikitext2() -> dict[str, list[str]]:
         import datasets
 
         data = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except ImportError as error:
+    except Exception as error:  # no package, offline, timeout, proxy, ...: the remedy is the same
         raise FileNotFoundError(
-            f"WikiText-2 is read by `datasets`, which cannot be imported ({error}): pip install datasets. "
-            "source='docstrings' needs neither it nor a network."
-        ) from error
-    except Exception as error:  # offline, timeout, proxy, missing, ...: the remedy is the same
-        raise FileNotFoundError(
-            f"WikiText-2 is not in the cache of `datasets` and cannot be downloaded ({type(error).__name__}: "
-            f"{error}). Use source='docstrings', which needs no network, or the path of a local text file."
+            f"WikiText-2 cannot be read by the package `datasets` ({type(error).__name__}: {error}). Install that and "
+            "go online once, or use source='docstrings', which needs neither, or the path of a local text file."
         ) from error
     return {name: ["\n\n".join(data[name]["text"])] for name in SPLITS}
 
@@ -182,7 +172,7 @@ def _tokenize(source: str, tokenizer) -> dict[str, LongTensor]:
     ids = {name: encode(texts[name], tokenizer, name) for name in SPLITS}
     if min(map(len, ids.values())) < MIN_SPLIT_TOKENS:
         got = ", ".join(f"{len(t)} for {name}" for name, t in ids.items())
-        raise ValueError(
+        raise UsageError(
             f"too little text in {source!r}: got {got} tokens, and each needs at least {MIN_SPLIT_TOKENS}. "
             "Validation and test get 2 % each, so give 250 000 characters or more, with blank lines to cut at"
         )
@@ -194,57 +184,8 @@ def encode(texts: list[str], tokenizer, name: str = "text") -> LongTensor:
     from tqdm.auto import tqdm
 
     ids: list[int] = []
-    for start in tqdm(range(0, len(texts), 1000), desc=f"tokenizing {name}", leave=False, disable=_quiet()):
+    for start in tqdm(range(0, len(texts), 1000), desc=f"tokenizing {name}", leave=False):
         chunk = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
         for document in chunk:
             ids += [*document, tokenizer.eos_token_id]
     return torch.tensor(ids[:-1], dtype=torch.long)
-
-
-def _quiet() -> bool:
-    return os.environ.get("LCQAT_QUIET") == "1"
-
-
-# ------------------------------------------------------------------------------------------------ windows
-
-
-def windows(ids: LongTensor, window: int) -> LongTensor:
-    """Cut ids [T] into non-overlapping windows [T // window, window]; the remainder is dropped."""
-    if window < 1 or ids.dim() != 1 or len(ids) < window:
-        raise ValueError(
-            f"cannot cut ids of shape {tuple(ids.shape)} into windows of {window} tokens: needed are 1-D ids "
-            "and 1 <= window <= number of ids; use a longer text or a shorter window"
-        )
-    return ids[: len(ids) // window * window].view(-1, window)
-
-
-def batches(ids: LongTensor, window: int, batch_size: int, generator: torch.Generator) -> Iterator[LongTensor]:
-    """Endless batches [batch_size, window]: an epoch shows each window at most once, in a new random order.
-
-    The last windows of an epoch that fill no batch are dropped; the next epoch's order brings others there.
-    """
-    rows = windows(ids, window)
-    if not 1 <= batch_size <= len(rows):
-        raise ValueError(
-            f"cannot draw batches of {batch_size} windows: the text holds {len(rows)} windows of {window} "
-            "tokens; use a batch_size between 1 and that, a shorter window or a longer text"
-        )
-
-    def endless() -> Iterator[LongTensor]:
-        while True:
-            order = torch.randperm(len(rows), generator=generator)
-            for start in range(0, len(rows) - batch_size + 1, batch_size):
-                yield rows[order[start : start + batch_size]]
-
-    return endless()  # an inner generator, so that bad arguments fail here and not at the first next()
-
-
-def sample_windows(ids: LongTensor, count: int, window: int, generator: torch.Generator) -> LongTensor:
-    """`count` distinct, random, non-overlapping windows [count, window]: calibration data."""
-    rows = windows(ids, window)
-    if not 1 <= count <= len(rows):
-        raise ValueError(
-            f"cannot draw {count} distinct windows: the text holds {len(rows)} windows of {window} tokens; "
-            "use a count between 1 and that, a shorter window or a longer text"
-        )
-    return rows[torch.randperm(len(rows), generator=generator)[:count]]

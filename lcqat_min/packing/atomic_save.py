@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..disk.locks import alone
 from ..disk.tensor_file import save_tensors
+from ..errors import UsageError
 
 SHARD_SIZE = "5GB"  # of tensors in one file; more are written to several files
 TITLE = "# A model packed by lcqat-min"
@@ -45,7 +46,7 @@ def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, rea
     saving, before = (folder.with_name(folder.name + end) for end in (".saving", ".before-save"))
     is_new = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     if folder == Path.cwd() or not is_new and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is the current folder, or has no config.json of a model: give a new or empty one")
+        raise UsageError(f"{folder} is the current folder, or has no config.json of a model: give a new or empty one")
     with alone(saving):
         _clear_up(folder, saving, before)
         try:

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ptq.model import QUANT_METHOD, mark
 from .atomic_save import write_folder
 from .convert import pack_layers, unpack_layers
@@ -59,7 +60,7 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     folder of something else, or one that another process saves to. TypeError for a model that is not of transformers.
     """
     if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
+        raise UsageError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
     model, plain, tensors, layers = _parts(model)
     bits = bits_per_weight(model, dtype)
     if dtype is not None:
@@ -105,7 +106,7 @@ def _class_of(config: dict, folder: Path) -> type:
     name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     files = [folder / f"{str(target).partition('.')[0]}.py" for target in (config.get("auto_map") or {}).values()]
     if not hasattr(transformers, name) or any(file.is_file() for file in files):
-        raise ValueError(
+        raise UsageError(
             f"the code of {name} is not part of transformers, and load_packed runs no other code: if you trust it, "
             f"import lcqat_min.hf and load {folder} with trust_remote_code=True, by the class that its README.md names"
         )
@@ -141,12 +142,12 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
         raise TypeError(f"{type(model).__name__} is not a transformers model: save what pack_layers(model) returns")
     layers, state, tied = pack_layers(model), model.state_dict(), model.all_tied_weights_keys
     if not layers:
-        raise ValueError("the model has no quantized layer: call quantize first, or use model.save_pretrained")
+        raise UsageError("the model has no quantized layer: call quantize first, or use model.save_pretrained")
     if away := [key for key, value in state.items() if value.is_meta]:
-        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model without device_map")
+        raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model without device_map")
     for key, source in tied.items():
         if key in state and source in state and state[key].data_ptr() != state[source].data_ptr():
-            raise ValueError(
+            raise UsageError(
                 f"{key!r} has a weight of its own, but the configuration says that it is tied: set "
                 "model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
             )
@@ -163,7 +164,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
     found = {key: value.shape for key, value in kept.items()}
     found |= {name: torch.Size() for name in layers if f"{name}.weight" not in built}
     if strange := sorted(key for key, _ in expected.items() ^ found.items() if key not in tied):
-        raise ValueError(
+        raise UsageError(
             f"the model has other tensors than its configuration builds, {strange[0]!r} first: loaded again, it "
             "would not be the same. Merge or remove what was added to it (adapters, wrappers)."
         )
@@ -173,5 +174,5 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     largest = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
     if torch.finfo(dtype).max < largest < float("inf"):
-        raise ValueError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or float32")
+        raise UsageError(f"{name!r} reaches {largest:g}, more than {dtype} holds: save it in torch.bfloat16 or float32")
     return value.to(dtype) if value.is_floating_point() else value

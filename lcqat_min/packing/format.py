@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..disk.tensor_file import reading
+from ..errors import UsageError
 from ..ptq.model import QUANT_METHOD
 from .layer import PackedSpec
 
@@ -38,17 +39,17 @@ def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
     """
     method, version = settings.get("quant_method"), settings.get("version")
     if method != QUANT_METHOD:
-        raise ValueError(
+        raise UsageError(
             f"{folder} is not a packed model of lcqat_min (quant_method: {method}): load it with transformers, or give "
             "a folder that save_packed wrote"
         )
     if version != VERSION:
         newer = f"has format version {version}, and this lcqat_min reads version {VERSION}: update lcqat_min"
-        raise ValueError(f"{folder} {REFUSED.get(str(version), newer)}")
+        raise UsageError(f"{folder} {REFUSED.get(str(version), newer)}")
     try:
         return {name: PackedSpec(**spec) for name, spec in settings["layers"].items()}
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe packed layers ({error!r}): {REMEDY}") from error
+        raise UsageError(f"{folder / 'config.json'} does not describe packed layers ({error!r}): {REMEDY}") from error
 
 
 def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
@@ -68,7 +69,7 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
         for key, (dtype, shape) in spec.tensors(layer).items():
             want, got = (DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")
             if got != want:
-                raise ValueError(f"tensor {layer}.{key} of {files[0].parent} is {got}, not {want}: {REMEDY}")
+                raise UsageError(f"tensor {layer}.{key} of {files[0].parent} is {got}, not {want}: {REMEDY}")
 
 
 def config_of(folder: Path) -> dict:
@@ -84,4 +85,4 @@ def config_of(folder: Path) -> dict:
         dict(config.get("quantization_config") or {})
         return config
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not the JSON of a configuration ({error}): {REMEDY}") from error
+        raise UsageError(f"{file} is not the JSON of a configuration ({error}): {REMEDY}") from error

@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..errors import UsageError
 from ..ptq.model import QUANT_METHOD
 from .format import check_tensors, declared_specs
 from .layer import PackedLinear, PackedSpec, share_codebooks
@@ -71,7 +72,7 @@ def _shared(specs: dict[str, PackedSpec], model: nn.Module) -> dict[str, PackedS
     has = {name for name, _ in model.named_modules()}
     names = {name: own for name in specs for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
     if not names or any(spec.owner and spec.owner not in names for name, spec in specs.items() if name in names):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} lacks layers of the packed model, such as {next(iter(specs))!r}: load it with the "
             "class that config.json names under `architectures`"
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..codebook.bitstring import unpack_bits
 from ..codebook.matrix import Codebook
+from ..errors import UsageError
 from ..kernels.product import product
 from ..layer.rotation import rotate, unrotate
 from ..layer.stored import codebook_from, row_scale_of, unpack_signs
@@ -136,7 +137,7 @@ class PackedLinear(nn.Module):
             why = "The model casts to weight.dtype, but the weight of a packed layer is its packed codes"
             raise TypeError(f"PackedLinear: x is {x.dtype}. {why}: quantize again, with this layer in `skip`.")
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"PackedLinear: x has {x.shape[-1]} features; this layer takes {self.in_features}.")
+            raise UsageError(f"PackedLinear: x has {x.shape[-1]} features; this layer takes {self.in_features}.")
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -34,6 +34,7 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.digits import digits_of
 from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.search import Search
+from ..errors import UsageError
 from .moments import Factor
 
 FEEDBACK_BLOCK = 64
@@ -112,9 +113,9 @@ def round_matrix(
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
         got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
-        raise ValueError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
+        raise UsageError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
-        raise ValueError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
+        raise UsageError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
     methods: list[Callable] = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
     rounded: list[Rounded] = []

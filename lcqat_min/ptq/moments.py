@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..language_model import keep_modes, run
 
 
@@ -53,7 +54,7 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
     """
     batches = list(batches)
     if not batches:
-        raise ValueError("second_moments: no batches; give at least one batch of token ids [B, T]")
+        raise UsageError("second_moments: no batches; give at least one batch of token ids [B, T]")
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     latest: list = [None, 0, None]  # the last input, how often it had been changed in place, its x^T x
@@ -82,7 +83,7 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
             handle.remove()
     for name, total in sums.items():
         if not torch.isfinite(total).all():
-            raise ValueError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
+            raise UsageError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
     return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
 
 
@@ -93,7 +94,7 @@ def factorize(H: Tensor, damping: float = 0.01) -> Factor:
     """
     H = H.double()
     if not torch.isfinite(H.float()).all():
-        raise ValueError(
+        raise UsageError(
             "second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and the weights"
         )
     dead = H.diagonal() <= 0

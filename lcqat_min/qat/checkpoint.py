@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..disk.tensor_file import reading, save_tensors
+from ..errors import UsageError
 from ..layer.linear import quant_layers
 
 Tensors = dict[str, Tensor]
@@ -66,7 +67,7 @@ def load(
     shapes = {name: tensor.shape for name, tensor in (kept | _named("start", start)).items()}
     same = {name: tensor.shape for name, tensor in tensors.items() if name not in adam} == shapes
     if not same or meta.get("settings") != json.dumps(settings):
-        raise ValueError(
+        raise UsageError(
             f"{path} is the checkpoint of another run (other settings, loss or model): delete it to start again, "
             "or run with the settings that it was made with"
         )

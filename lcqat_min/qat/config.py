@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UsageError
+
 GROUPS = ("latents", "scales", "codebooks", "rest")
 
 
@@ -50,14 +52,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
             if (value := getattr(self, name)) < 1:
-                raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
+                raise UsageError(f"TrainConfig.{name} is {value}; it must be at least 1")
         if not 0 <= min(self.warmup, self.decay) <= self.warmup + self.decay <= 1:
             shares = f"TrainConfig.warmup is {self.warmup} and decay {self.decay}"
-            raise ValueError(f"{shares}; they are shares of the steps: each at least 0, together at most 1")
+            raise UsageError(f"{shares}; they are shares of the steps: each at least 0, together at most 1")
         if not all(rate >= 0 for rate in self.learning_rates.values()):
-            raise ValueError(f"TrainConfig has learning rates {self.learning_rates}; each must be at least 0 (frozen)")
+            raise UsageError(f"TrainConfig has learning rates {self.learning_rates}; each must be at least 0 (frozen)")
         if not self.clip > 0:
-            raise ValueError(f"TrainConfig.clip is {self.clip}; it must be above 0 (float('inf') does not clip)")
+            raise UsageError(f"TrainConfig.clip is {self.clip}; it must be above 0 (float('inf') does not clip)")
 
     @property
     def learning_rates(self) -> dict[str, float]:

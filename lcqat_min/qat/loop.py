@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..language_model import Batch, check_model, keep_modes, logits_of, read_batch
 from ..layer.linear import quant_layers
 from .config import TrainConfig
@@ -101,7 +102,7 @@ def train(
             if path and accelerator.is_main_process and (done % config.checkpoint_every == 0 or done == config.steps):
                 save(path, model, optimizer, start, settings, run)
     if (done := run["step"]) < config.steps:
-        raise ValueError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
+        raise UsageError(f"the batches ended after {done} of {config.steps} steps: give more (an iterator ends once)")
     return run["history"]
 
 
@@ -110,16 +111,16 @@ def _check(model: nn.Module, teacher: nn.Module | None, accelerator) -> None:
     if teacher is not None:
         check_model(teacher)
         if teacher is model or any(quant_layers(teacher)):
-            raise ValueError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantizing it")
+            raise UsageError("the teacher is the model itself, or quantized: copy.deepcopy(model) before quantizing it")
         if not any(quant_layers(model)):
-            raise ValueError("the model has no layer to train: quantize it, or load_packed(folder, trainable=True)")
+            raise UsageError("the model has no layer to train: quantize it, or load_packed(folder, trainable=True)")
         theirs = set(teacher.parameters())
         if shared := [name for name, p in model.named_parameters() if p.requires_grad and p in theirs]:
-            raise ValueError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing")
+            raise UsageError(f"the teacher shares {shared[0]!r} with the model: copy.deepcopy(model) before quantizing")
     if away := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
+        raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model whole to train it")
     if (count := accelerator.gradient_accumulation_steps) != 1:
-        raise ValueError(f"the accelerator accumulates {count} batches per step, train takes 1: give larger batches")
+        raise UsageError(f"the accelerator accumulates {count} batches per step, train takes 1: give larger batches")
 
 
 class _OneProcess:
@@ -149,7 +150,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             rate = config.learning_rates[group] * unit
             groups.append({"params": [p], "name": name, "group": group, "lr": rate, "full_lr": rate})
     if not groups:
-        raise ValueError("no parameter requires a gradient: call model.requires_grad_(True), or on what should train")
+        raise UsageError("no parameter requires a gradient: call model.requires_grad_(True), or on what should train")
     return groups
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 KL_ELEMENTS = 1 << 25  # logits compared at a time: 128 MiB of fp32
 
 
@@ -21,7 +23,7 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(teacher || student) over tokens, nats: logits [..., V] -> scalar with gradient to `student`."""
     if student.shape[-1] != teacher.shape[-1]:
         sizes = f"{student.shape[-1]} and {teacher.shape[-1]} logits"
-        raise ValueError(f"student and teacher differ in vocabulary: {sizes}; distil from the unquantized model")
+        raise UsageError(f"student and teacher differ in vocabulary: {sizes}; distil from the unquantized model")
     return _TeacherKL.apply(student.flatten(0, -2), teacher.flatten(0, -2))
 
 

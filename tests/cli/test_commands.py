@@ -9,19 +9,23 @@ import sys
 import pytest
 import torch
 
-from lcqat_min.cli import commands as verbs
+from lcqat_min.cli import commands
 from lcqat_min.cli import main as cli
 from lcqat_min.disk.locks import alone
+from lcqat_min.errors import UsageError
 from lcqat_min.harness.models import BUNDLED, load
 from lcqat_min.layer.linear import quant_layers
 from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.ptq.lcqat import LCQAT
+from lcqat_min.ptq.model import quantize
 from lcqat_min.qat import checkpoint
+from lcqat_min.systems import FreeVQ
 
 
 @pytest.fixture(scope="module")
 def packed(place):
     """The packed folder that `quantize` writes."""
-    args = ["--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "lattice"]
+    args = ["--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=lattice"]
     assert call("quantize", *args, "--out", place / "packed") == 0
     return place / "packed"
 
@@ -47,11 +51,32 @@ def test_the_way_there_and_back(place, packed, capsys):
     assert texts[0] == texts[1]
 
 
+def beside_codes(model: torch.nn.Module) -> torch.Tensor:
+    """How far each latent is from its digit, in bins."""
+    layers = [layer for _, layer in quant_layers(model)]
+    centres = [0.0 if layer.levels == 2 else (layer.levels - 1) / 2 for layer in layers]
+    gaps = [layer.latent - layer.digits().view_as(layer.latent) - at for layer, at in zip(layers, centres, strict=True)]
+    return torch.cat([gap.detach().flatten().abs() for gap in gaps])
+
+
+@pytest.mark.parametrize("codebook", ["planes", "lattice"])
+def test_training_from_a_folder_starts_on_the_codes_and_in_python_beside_them(codebook, tiny_llama, tmp_path, capsys):
+    model = tiny_llama()
+    quantize(model, [torch.arange(64).view(2, 32)], LCQAT(codebook=codebook))
+    assert (beside_codes(model) > 0.001).float().mean() > 0.9
+    save_packed(model, tmp_path / "packed")
+    again = load_packed(tmp_path / "packed", trainable=True)
+    assert beside_codes(again).max() == 0
+    with pytest.raises(SystemExit):
+        call("train", "--help")
+    assert "training starts with each latent on its code" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_model_is_saved_in_the_precision_it_came_in(place, tmp_path, capsys):
     model, tokenizer = load(place / "model")
     for part in (model.bfloat16(), tokenizer):
         part.save_pretrained(tmp_path / "half")
-    args = ["--model", tmp_path / "half", "--text", place / "text.txt", "--tokens", 512, "--codebook", "lattice"]
+    args = ["--model", tmp_path / "half", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=lattice"]
     assert call("quantize", *args, "--out", tmp_path / "packed") == 0
     args = ["--teacher", tmp_path / "half", "--text", place / "text.txt", "--tokens", 1024]
     assert call("train", tmp_path / "packed", *args, "--out", tmp_path / "trained") == 0
@@ -68,11 +93,11 @@ def test_bits_of_packed_and_plain(place, packed, capsys):
     assert "32.0000 bits per weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["quantize", "train", "export"])
-def test_a_folder_that_exists_is_left_alone(place, packed, capsys, verb):
+@pytest.mark.parametrize("command", ["quantize", "train", "export"])
+def test_a_folder_that_exists_is_left_alone(place, packed, capsys, command):
     before = sorted((path.name, path.stat().st_size) for path in packed.iterdir())
-    args = ["--model", place / "model"] if verb == "quantize" else [packed]
-    assert call(verb, *args, "--out", packed) == 2
+    args = ["--model", place / "model"] if command == "quantize" else [packed]
+    assert call(command, *args, "--out", packed) == 2
     assert "exists already" in capsys.readouterr().err
     assert before == sorted((path.name, path.stat().st_size) for path in packed.iterdir())
 
@@ -83,8 +108,8 @@ def test_a_plain_folder_is_no_packed_one(place, capsys):
 
 
 def test_a_packed_folder_is_no_model_to_quantize(place, packed, capsys):
-    for verb, *out in (("quantize", "--out", place / "nothing"), ("compare",)):
-        assert call(verb, "--model", packed, "--text", place / "text.txt", *out) == 2
+    for command, *out in (("quantize", "--out", place / "nothing"), ("compare",)):
+        assert call(command, "--model", packed, "--text", place / "text.txt", *out) == 2
         assert "is quantized already" in capsys.readouterr().err
 
 
@@ -93,7 +118,7 @@ def test_a_model_in_half_precision_without_a_tokenizer(place, packed, tmp_path, 
     assert call("bits", tmp_path / "half") == 0
     data = ("--teacher", place / "model", "--text", place / "text.txt", "--tokens", 1024, "--out", tmp_path / "out")
     assert call("train", tmp_path / "half", *data) == 2
-    assert "holds no tokenizer: tokenizer.save_pretrained(" in capsys.readouterr().err
+    assert "holds no tokenizer that can be read: tokenizer.save_pretrained(" in capsys.readouterr().err
     load(place / "model")[1].save_pretrained(tmp_path / "half")
     assert call("train", tmp_path / "half", *data) == 0
     capsys.readouterr()
@@ -118,11 +143,11 @@ def test_a_model_whose_tokenizer_is_missing_is_refused(tiny_gpt2, place, tmp_pat
 
 
 def test_what_is_skipped_is_told(place, tmp_path, capsys):
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=scalar")
     assert call("quantize", *args, "--skip", "down_porj", "--out", tmp_path / "out") == 2
     assert "--skip down_porj: part of no linear layer's name" in capsys.readouterr().err
     assert call("quantize", *args, "--skip", "down_proj", "--out", tmp_path / "out") == 0
-    assert "of the weights outside of embeddings and head stay as they are" in capsys.readouterr().out
+    assert "of the weights, embeddings and head not counted, stay as they are" in capsys.readouterr().out
 
 
 def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, tmp_path, capsys, monkeypatch):
@@ -132,7 +157,7 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
             parameter.copy_(parameter.flip(0) * 3)
     stranger.save_pretrained(tmp_path / "stranger")
     tokenizer.save_pretrained(tmp_path / "stranger")
-    monkeypatch.setattr(verbs, "FAR", 0.0)
+    monkeypatch.setattr(commands, "FAR", 0.0)
     data = ("--text", place / "text.txt", "--tokens", 2048)
     args = ("--teacher", tmp_path / "stranger", *data, "--out", tmp_path / "out")
     save, steps = checkpoint.save, []
@@ -146,7 +171,7 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
         patch.setattr(checkpoint, "save", interrupted)
         assert call("train", packed, *args) == 130
     found = capsys.readouterr()
-    assert "Is that what it was made from? --teacher names another" in found.out and "last checkpoint" in found.err
+    assert "Was it made from another (--teacher)?" in found.out and "last checkpoint" in found.err
     assert call("train", packed, *args, "--seed", 1) == 2 == call("train", packed, *args, "--tokens", 4096)
     assert "is of a run with other settings (seed was 0, is 1): give those, or remove it" in capsys.readouterr().err
     other = load_packed(packed, trainable=True)
@@ -162,9 +187,9 @@ def test_a_teacher_from_far_away_and_a_run_that_goes_on_are_told(place, packed, 
 
 def test_a_context_shorter_than_the_window_is_kept_to(tiny_llama):
     model = tiny_llama()
-    assert verbs._window(model) == 256
+    assert commands._window(model) == 256
     model.config.max_position_embeddings = 64
-    assert verbs._window(model) == 64
+    assert commands._window(model) == 64
 
 
 @pytest.fixture(scope="module")
@@ -182,19 +207,19 @@ def short(place):
 
 def test_a_model_that_reads_few_positions_goes_all_the_way(short, place, tmp_path, capsys, monkeypatch):
     args = ("--text", place / "text.txt", "--tokens", 128)
-    assert call("quantize", "--model", short, *args, "--codebook", "scalar", "--out", tmp_path / "q") == 0
+    assert call("quantize", "--model", short, *args, "--set", "codebook=scalar", "--out", tmp_path / "q") == 0
     assert call("train", tmp_path / "q", "--teacher", short, *args, "--out", tmp_path / "t") == 0
     capsys.readouterr()
     assert call("generate", tmp_path / "t") == 0
-    assert "new tokens instead of 40, as the model reads no more" in capsys.readouterr().err
+    assert "new tokens instead of 40, since the model cannot read more" in capsys.readouterr().err
     prompt = "Return the array " * 20
     assert call("generate", tmp_path / "t", "--prompt", prompt) == 2
-    assert "the model reads 16 with what it adds: give a shorter prompt" in capsys.readouterr().err
+    assert "the model reads 16, new ones included: shorten it" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
-    assert call("compare", "--model", short, *args, "--arms", "rtn") == 0
+    assert call("compare", "--model", short, *args, "--methods", "rtn") == 0
     assert "window=16" in (out := capsys.readouterr().out) and "  rtn " in out
-    assert call("compare", "--model", short, *args, "--arms", "rtn", "--prompt", prompt) == 2
-    assert "give a shorter prompt" in capsys.readouterr().err and len(list(tmp_path.glob("runs/*"))) == 1
+    assert call("compare", "--model", short, *args, "--methods", "rtn", "--prompt", prompt) == 2
+    assert "shorten it" in capsys.readouterr().err and len(list(tmp_path.glob("runs/*"))) == 1
 
 
 def test_home_is_written_out_in_every_path(place, packed, tmp_path, monkeypatch):
@@ -204,7 +229,7 @@ def test_home_is_written_out_in_every_path(place, packed, tmp_path, monkeypatch)
     for name, source in (("model", place / "model"), ("text.txt", place / "text.txt"), ("p", packed)):
         (tmp_path / name).symlink_to(source)
     args = ("--text=~/text.txt", "--tokens=512")
-    assert call("quantize", "--model=~/model", *args, "--codebook=scalar", "--out=~/q") == 0
+    assert call("quantize", "--model=~/model", *args, "--set=codebook=scalar", "--out=~/q") == 0
     assert call("train", "~/p", "--teacher=~/model", *args, "--out=~/t") == 0
     assert call("export", "~/t", "--out=~/e") == 0 == call("bits", "~/e") == call("generate", "~/q", "--tokens=1")
     for folder in "qte":
@@ -218,12 +243,12 @@ def test_a_tokenizer_that_is_not_saved_and_a_measurement_that_fails_are_notes(
     def broken(*args, **kwargs):
         raise RuntimeError("out of order")
 
-    measure, calls = verbs.kl_to, []
+    measure, calls = commands.kl_to, []
     monkeypatch.setattr(type(load(place / "model")[1]), "save_pretrained", broken)
-    monkeypatch.setattr(verbs, "_say_what_is_left", lambda model: (tmp_path / "q" / "config.json").stat())
-    monkeypatch.setattr(verbs, "kl_to", lambda *args: broken() if calls else calls.append(0) or measure(*args))
+    monkeypatch.setattr(commands, "_say_what_is_left", lambda model: (tmp_path / "q" / "config.json").stat())
+    monkeypatch.setattr(commands, "kl_to", lambda *args: broken() if calls else calls.append(0) or measure(*args))
     args = ("--text", place / "text.txt", "--tokens", 512)
-    assert call("quantize", "--model", place / "model", *args, "--codebook", "scalar", "--out", tmp_path / "q") == 0
+    assert call("quantize", "--model", place / "model", *args, "--set", "codebook=scalar", "--out", tmp_path / "q") == 0
     assert call("train", packed, "--teacher", place / "model", *args, "--out", tmp_path / "t") == 0
     assert call("export", packed, "--out", tmp_path / "e") == 0
     err = capsys.readouterr().err
@@ -242,7 +267,7 @@ def test_a_console_of_few_letters_shows_the_others_as_escapes(place, monkeypatch
 
 def test_a_prompt_that_was_not_decoded_and_a_file_that_is_no_model_are_named(place, capsys):
     assert call("generate", place / "model", "--prompt", "na\udcefve") == 2
-    assert r"the prompt 'na\udcefve' is no text" in capsys.readouterr().err
+    assert r"the prompt 'na\udcefve' is not text" in capsys.readouterr().err
     assert call("generate", place / "text.txt") == 2
     assert "text.txt: give the folder that save_pretrained wrote" in capsys.readouterr().err
 
@@ -266,16 +291,10 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(place, tmp_path, 
     load(place / "model")[1].save_pretrained(tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     args = ("--model", tmp_path / "small", "--text", place / "text.txt")
-    for verb in (("quantize", *args, "--out", tmp_path / "out"), ("compare", *args), ("generate", tmp_path / "small")):
-        assert call(*verb) == 2
+    out = ("--out", tmp_path / "out")
+    for command in (("quantize", *args, *out), ("compare", *args), ("generate", tmp_path / "small")):
+        assert call(*command) == 2
         assert "the model knows 0 to 299" in capsys.readouterr().err
-
-
-def test_packages_that_are_missing_are_one_line(place, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert call("bits", place / "model") == 2
-    err = capsys.readouterr().err
-    assert err.startswith("lcqat: ") and "transformers" in err and "Install what is missing" in err
 
 
 @pytest.mark.parametrize(
@@ -289,7 +308,7 @@ def test_packages_that_are_missing_are_one_line(place, monkeypatch, capsys):
         (("quantize", "--out", "q", "--skip", ""), "nothing was given"),
         (("compare", "--model", " "), "nothing was given"),
         (("compare", "--text", ""), "nothing was given"),
-        (("bits", "~no-such-user/q"), "is in no home that is known here"),
+        (("bits", "~no-such-user/q"), "names no home folder that is known here"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(args, message, capsys):
@@ -299,7 +318,7 @@ def test_values_that_mean_nothing_are_refused(args, message, capsys):
 
 
 def test_the_largest_seed_works(place, tmp_path):
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "planes")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=planes")
     assert call("quantize", *args, "--seed", 2**63 - 1, "--out", tmp_path / "out") == 0
     assert (
         call(
@@ -324,7 +343,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, capsys, monkeypatch):
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=scalar")
     assert call("quantize", *args, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "lcqat: I/O error: No space left on device"
     assert not (tmp_path / "out").exists()
@@ -334,3 +353,13 @@ def test_tokens_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         call("compare", "--tokens", "0")
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_settings_of_a_method_are_read_by_their_types():
+    assert commands.method_with("lcqat", ["codebook=lattice", "dim=2", "feedback=False", "damping=0.1"]) == LCQAT(
+        codebook="lattice", dim=2, feedback=False, damping=0.1
+    )
+    assert commands.method_with("free-vq", ["dim=2"]) == FreeVQ(dim=2)
+    for wrong in ("colour=red", "dim=two", "feedback=yes", "dim"):
+        with pytest.raises(UsageError, match=rf"--set {wrong}: the settings of lcqat .* rotate=both, .* dim=4"):
+            commands.method_with("lcqat", [wrong])

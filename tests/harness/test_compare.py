@@ -1,4 +1,4 @@
-"""compare, runs, report, cli, hub: the main job on a tiny model, its files, its errors. No network, no GPU.
+"""The comparison on a tiny model: rows, files, table, picture, errors. No network, no GPU.
 
 pytest tests/harness/test_compare.py
 """
@@ -20,9 +20,11 @@ import torch
 
 from lcqat_min.cli import compare as runs
 from lcqat_min.cli import main as cli
+from lcqat_min.disk import whole_file
 from lcqat_min.disk.locks import alone
+from lcqat_min.errors import UsageError
 from lcqat_min.harness import compare, report, results
-from lcqat_min.harness.compare import ARMS, Arm, Budget, fitting, settings
+from lcqat_min.harness.compare import RECIPES, Budget, Recipe, fitting, settings
 from lcqat_min.harness.models import BUNDLED, choose_device, label, load
 from lcqat_min.harness.results import Results, read_results, write_json
 from lcqat_min.harness.text import Splits, load_text
@@ -47,12 +49,12 @@ def run(place, tmp_path, monkeypatch):
 
 
 def test_compare_writes_table_picture_and_samples(run, tmp_path, capsys):
-    assert run("--arms", "rtn", "sq", "lcqat-planes") == 0
+    assert run("--methods", "rtn", "sq", "lcqat-planes") == 0
     (path,) = (tmp_path / "runs").iterdir()
     data = read_results(path / "compare.json")
-    assert [row["arm"] for row in data["rows"]] == ["rtn", "sq", "lcqat-planes"]
+    assert [row["method"] for row in data["rows"]] == ["rtn", "sq", "lcqat-planes"]
     assert set(data["rows"][0]) == {
-        "arm",
+        "method",
         "seed",
         "bits_per_weight",
         "ppl_fp",
@@ -71,17 +73,17 @@ def test_compare_writes_table_picture_and_samples(run, tmp_path, capsys):
     assert (path / "compare.svg").read_text().startswith("<?xml")
     assert not list(path.glob("*.part")) and not list(path.glob("*.safetensors"))
     out = capsys.readouterr().out
-    assert "lcqat-planes" in out and "continued by each arm" in out
+    assert "lcqat-planes" in out and "continued by each method" in out
 
 
 def test_the_control_alone_has_a_table_and_no_picture(run, tmp_path, capsys):
-    assert run("--arms", "fp") == 0
+    assert run("--methods", "fp") == 0
     assert re.search(r"^.*\bfp\b.*0\.0000", capsys.readouterr().out, re.MULTILINE)
     assert not list(tmp_path.glob("runs/*/compare.svg"))
 
 
 def test_interrupted_run_resumes_to_the_same_rows(run, tmp_path, monkeypatch, capsys):
-    assert run("--arms", "rtn", "sq") == 0
+    assert run("--methods", "rtn", "sq") == 0
     (whole,) = (tmp_path / "runs").iterdir()
     wanted = read_results(whole / "compare.json")["rows"]
     (whole / "compare.json").rename(tmp_path / "done.json")
@@ -95,40 +97,41 @@ def test_interrupted_run_resumes_to_the_same_rows(run, tmp_path, monkeypatch, ca
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "train", stopped)
-    assert run("--arms", "rtn", "sq") == 130
+    assert run("--methods", "rtn", "sq") == 130
     (half,) = (tmp_path / "runs").iterdir()
-    assert [row["arm"] for row in read_results(half / "compare.json")["rows"]] == ["rtn"]
+    assert [row["method"] for row in read_results(half / "compare.json")["rows"]] == ["rtn"]
     monkeypatch.setattr(compare, "train", real)
-    assert run("--arms", "rtn", "sq", "--resume", half) == 0
+    assert run("--methods", "rtn", "sq", "--out", half) == 0
     rows = read_results(half / "compare.json")["rows"]
     for row, want in zip(rows, wanted, strict=True):
         assert {k: v for k, v in row.items() if "seconds" not in k and k != "peak_mb"} == {
             k: v for k, v in want.items() if "seconds" not in k and k != "peak_mb"
         }
-    assert run("--arms", "rtn", "--resume", half) == 2  # other settings
+    assert run("--methods", "rtn", "--out", half) == 2  # other settings
     assert "other settings" in capsys.readouterr().err
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
-    assert [runs.new_folder(None).name for _ in range(3)] == ["now", "now-2", "now-3"]
-    assert runs.new_folder(tmp_path / "mine").is_dir()
-    with pytest.raises(ValueError, match="mine exists already: go on with its run by --resume"):
-        runs.new_folder(tmp_path / "mine")
+    assert [runs.run_folder(None).name for _ in range(3)] == ["now", "now-2", "now-3"]
+    assert runs.run_folder(tmp_path / "mine").is_dir()
+    with pytest.raises(UsageError, match="mine exists already and holds no run of compare"):
+        runs.run_folder(tmp_path / "mine")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write to .*choose another --out"):
-        runs.new_folder(tmp_path / "file" / "run")
+    for place in ("file", "file/run"):
+        with pytest.raises(UsageError, match="choose another --out"):
+            runs.run_folder(tmp_path / place)
 
 
 def test_a_run_belongs_to_one_process(run, tmp_path, capsys):
-    assert run("--arms", "rtn", "--out", tmp_path / "mine") == 0
+    assert run("--methods", "rtn", "--out", tmp_path / "mine") == 0
     before = (tmp_path / "mine" / "compare.json").read_bytes()
     with alone(tmp_path / "mine" / "run"):
-        assert run("--arms", "rtn", "--seeds", 0, 1, "--resume", tmp_path / "mine") == 2
+        assert run("--methods", "rtn", "--seeds", 0, 1, "--out", tmp_path / "mine") == 2
     assert "another process is at work" in capsys.readouterr().err
     assert (tmp_path / "mine" / "compare.json").read_bytes() == before
-    assert run("--arms", "rtn", "--seeds", 0, 1, "--resume", tmp_path / "mine") == 0
+    assert run("--methods", "rtn", "--seeds", 0, 1, "--out", tmp_path / "mine") == 0
     assert [row["seed"] for row in read_results(tmp_path / "mine" / "compare.json")["rows"]] == [0, 1]
 
 
@@ -146,21 +149,21 @@ def test_rows_are_stored_before_what_may_fail(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(runs, "DATA", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "compare.json").write_text("{")
-    assert run("--arms", "rtn", "gptq", "--out", tmp_path / "mine") == 0
+    assert run("--methods", "rtn", "gptq", "--out", tmp_path / "mine") == 0
     data, found = read_results(tmp_path / "mine" / "compare.json"), capsys.readouterr()
-    assert [row["arm"] for row in data["rows"]] == ["rtn", "gptq"] and data["samples"] == {}
+    assert [row["method"] for row in data["rows"]] == ["rtn", "gptq"] and data["samples"] == {}
     assert re.search(r"^gptq +\d", found.out, re.MULTILINE)  # the table is there
     for note in (
         "rtn has no sample text; its row is stored (RuntimeError: out of order)",
         "there is no picture",
-        "the committed figures are not beside these",
+        "the committed figures are not shown",
     ):
         assert f"note: {note}" in found.err
 
 
 def test_without_matplotlib_the_table_is_there_and_save_is_refused_first(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(runs.sys.modules, "matplotlib.figure", None)
-    assert run("--arms", "rtn", "--out", tmp_path / "mine") == 0
+    assert run("--methods", "rtn", "--out", tmp_path / "mine") == 0
     found = capsys.readouterr()
     assert "rtn" in found.out and "note: there is no picture; pip install matplotlib" in found.err
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
@@ -169,8 +172,8 @@ def test_without_matplotlib_the_table_is_there_and_save_is_refused_first(run, tm
 
 
 def test_save_is_for_whole_comparisons_in_a_clone(run, tmp_path, monkeypatch, capsys):
-    assert run("--save", "--arms", "rtn") == 2
-    assert "leave out --arms --model, or leave out --save" in capsys.readouterr().err
+    assert run("--save", "--methods", "rtn") == 2
+    assert "leave out --methods --model, or --save" in capsys.readouterr().err
     monkeypatch.setattr(runs, "DATA", tmp_path)
     assert run("--save") == 2
     assert "this package is not in one: leave --save out, or run in a clone" in capsys.readouterr().err
@@ -179,20 +182,20 @@ def test_save_is_for_whole_comparisons_in_a_clone(run, tmp_path, monkeypatch, ca
 
 def test_another_text_does_not_go_on_with_a_run(run, place, tmp_path, capsys):
     shutil.copy(place / "text.txt", tmp_path / "text.txt")
-    args = ("--text", tmp_path / "text.txt", "--arms", "rtn")
+    args = ("--text", tmp_path / "text.txt", "--methods", "rtn")
     assert run(*args, "--out", tmp_path / "mine") == 0
     digest = read_results(tmp_path / "mine" / "compare.json")["meta"]["config"]["text_digest"]
     assert re.fullmatch("[0-9a-f]{16}", digest)
     with open(tmp_path / "text.txt", "a") as file:
         file.write("\n\nreturn the array of another length " * 20)
-    assert run(*args, "--resume", tmp_path / "mine") == 2
+    assert run(*args, "--out", tmp_path / "mine") == 2
     assert f"text_digest was {digest}, is" in capsys.readouterr().err
 
 
-def test_seeds_and_arms_that_are_given_twice_run_once(run, tmp_path):
-    assert run("--arms", "rtn", "rtn", "--seeds", 1, 0, 1, "--out", tmp_path / "mine") == 0
+def test_seeds_and_methods_that_are_given_twice_run_once(run, tmp_path):
+    assert run("--methods", "rtn", "rtn", "--seeds", 1, 0, 1, "--out", tmp_path / "mine") == 0
     data = read_results(tmp_path / "mine" / "compare.json")
-    assert [(row["arm"], row["seed"]) for row in data["rows"]] == [("rtn", 1), ("rtn", 0)]
+    assert [(row["method"], row["seed"]) for row in data["rows"]] == [("rtn", 1), ("rtn", 0)]
 
 
 def test_budget_follows_model_and_text(tiny_llama, tiny_gpt2):
@@ -209,7 +212,7 @@ def test_budget_follows_model_and_text(tiny_llama, tiny_gpt2):
 def test_results_are_never_half_written(tmp_path, monkeypatch):
     path = tmp_path / "compare.json"
     write_json(path, {"rows": [1], "meta": {}})
-    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(whole_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"rows": [2], "meta": {}})
     assert read_results(path)["rows"] == [1] and list(tmp_path.iterdir()) == [path]
@@ -217,10 +220,10 @@ def test_results_are_never_half_written(tmp_path, monkeypatch):
 
 def test_rows_of_several_runs_keep_where_they_come_from(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
-    assert results.rows_of(path) == []
+    assert results.rows_of(path, {"tokens": 8}) == []
     for kl, commit in ((0.2, "first"), (0.1, "second")):
         monkeypatch.setattr(results, "_commit", lambda commit=commit: commit)
-        results.add_row(path, {"kl": kl}, {"tokens": 8})
+        results.add_rows(path, [{"kl": kl}], {"tokens": 8})
     data = results.read_results(path)
     assert [(row["kl"], row["commit"]) for row in data["rows"]] == [(0.2, "first"), (0.1, "second")]
     assert data["meta"]["config"] == {"tokens": 8} and all(row["date"] for row in data["rows"])
@@ -233,8 +236,8 @@ def test_rows_that_are_written_at_one_time_are_all_kept(tmp_path, monkeypatch):
     write_json(tmp_path / "rows.json", {"meta": {"config": config}, "rows": []})
     started = [Results(tmp_path / "run.json", config) for _ in range(3)]  # each has an empty file in memory
     with ThreadPoolExecutor(6) as pool:
-        done = [pool.submit(results.add_row, tmp_path / "rows.json", {"n": n}, config) for n in range(6)]
-        done += [pool.submit(one.add, row("a", n), [], "text") for n, one in enumerate(started)]
+        done = [pool.submit(results.add_rows, tmp_path / "rows.json", [{"n": n}], config) for n in range(6)]
+        done += [pool.submit(one.add, row("a", n), []) for n, one in enumerate(started)]
     assert all(future.exception() is None for future in done)
     assert sorted(found["n"] for found in read(tmp_path / "rows.json")["rows"]) == list(range(6))
     assert sorted(found["seed"] for found in read(tmp_path / "run.json")["rows"]) == [0, 1, 2]
@@ -242,7 +245,8 @@ def test_rows_that_are_written_at_one_time_are_all_kept(tmp_path, monkeypatch):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    source = (ROOT / "lcqat_min/disk/locks.py").read_text()  # without torch, whose import takes seconds
+    code = [(ROOT / "lcqat_min" / name).read_text() for name in ("disk/locks.py", "errors.py")]  # without torch
+    source = code[0].replace("from ..errors import UsageError\n", code[1])
     killed = f"{source}\nwith alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", killed]).returncode != 0
     assert (tmp_path / "run.lock").exists()
@@ -254,10 +258,10 @@ def test_a_lock_ends_with_its_process(tmp_path):
 def test_rows_of_other_settings_are_not_mixed(tmp_path):
     path = tmp_path / "rows.json"
     results.add_rows(path, [{"kl": 1}, {"kl": 2}], {"text_digest": "old"})
-    for call in (results.rows_of, lambda path, config: results.add_row(path, {"kl": 3}, config)):
+    for call in (results.rows_of, lambda path, config: results.add_rows(path, [{"kl": 3}], config)):
         with pytest.raises(ValueError, match="text_digest was old, is new"):
             call(path, {"text_digest": "new"})
-    assert [found["kl"] for found in results.rows_of(path)] == [1, 2]
+    assert [found["kl"] for found in results.rows_of(path, {"text_digest": "old"})] == [1, 2]
 
 
 @pytest.mark.parametrize("script", ["ablate", "search_rates"])
@@ -266,24 +270,24 @@ def test_other_measurements_say_their_text_and_go_on_with_no_other(script, tiny_
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     ids = torch.arange(640) % 97
-    lab = compare.Lab(tiny_llama(), None, Splits(ids, ids, ids, "t"), TINY, torch.device("cpu"))
-    other = replace(lab, text=Splits(ids, ids, ids.flip(0), "t"))
+    experiment = compare.Experiment(tiny_llama(), None, Splits(ids, ids, ids, "t"), TINY, torch.device("cpu"))
+    other = replace(experiment, text=Splits(ids, ids, ids.flip(0), "t"))
     if script == "ablate":
         path = tmp_path / "ablations.json"
         monkeypatch.setattr(made, "RESULTS", tmp_path)
-        monkeypatch.setattr(made, "trials", lambda: [("none", None, ARMS[4], 0)])
+        monkeypatch.setattr(made, "trials", lambda: [("none", None, RECIPES[4], 0)])
         measure = made.switches
     else:
         path = tmp_path / "rates.json"
         monkeypatch.setattr(made, "RESULTS", path)
         monkeypatch.setattr(made, "STEPS", 1)
-        monkeypatch.setattr(made, "settings", lambda arm: [ARMS[4].rates])
-        measure = lambda lab: made.search(lab, ARMS[4])  # noqa: E731
+        monkeypatch.setattr(made, "settings", lambda recipe: [RECIPES[4].rates])
+        measure = lambda experiment: made.search(experiment, RECIPES[4])  # noqa: E731
     for _ in range(2):  # the second finds the row of the first
-        measure(lab)
+        measure(experiment)
         data = read_results(path)
-        assert len(data["rows"]) == 1 and data["meta"]["config"]["text_digest"] == lab.text.digest
-    with pytest.raises(ValueError, match=f"text_digest was {lab.text.digest}, is {other.text.digest}"):
+        assert len(data["rows"]) == 1 and data["meta"]["config"]["text_digest"] == experiment.text.digest
+    with pytest.raises(ValueError, match=f"text_digest was {experiment.text.digest}, is {other.text.digest}"):
         measure(other)
 
 
@@ -307,14 +311,12 @@ def test_damaged_results_are_named(tmp_path, text):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (("--arms", "sq", "nope"), "unknown arm nope; choose from fp"),
+        (("--methods", "sq", "nope"), "unknown method nope; choose from fp"),
         (("--device", "cuda:99"), "CUDA device"),
         (("--device", "mps"), "not supported"),
         (("--device", "toaster"), "unknown device 'toaster'"),
-        (("--resume", "nowhere"), "nothing to resume"),
         (("--text", "no-such-file.txt"), "no-such-file.txt"),
         (("--model", "nobody/no-such-model"), "cannot load 'nobody/no-such-model'"),
-        (("--resume", "nowhere", "--out", "somewhere"), "give one of them"),
         (("--prompt", ""), "the prompt is empty"),
     ],
 )
@@ -340,18 +342,18 @@ def test_choose_device_accepts_the_cpu():
 
 
 def test_settings_change_with_every_field():
-    base = settings([ARMS[0]], TINY, "m", "t", "p")
+    base = settings([RECIPES[0]], TINY, "m", "t", "p", "d")
     others = [
-        settings([ARMS[1]], TINY, "m", "t", "p"),
-        settings([ARMS[0]], Budget(), "m", "t", "p"),
-        settings([ARMS[0]], TINY, "n", "t", "p"),
-        settings([ARMS[0]], TINY, "m", "u", "p"),
-        settings([ARMS[0]], TINY, "m", "t", "q"),
+        settings([RECIPES[1]], TINY, "m", "t", "p", "d"),
+        settings([RECIPES[0]], Budget(), "m", "t", "p", "d"),
+        settings([RECIPES[0]], TINY, "n", "t", "p", "d"),
+        settings([RECIPES[0]], TINY, "m", "u", "p", "d"),
+        settings([RECIPES[0]], TINY, "m", "t", "q", "d"),
     ]
     assert all(other != base for other in others)
 
 
-def row(arm, seed, **values):
+def row(method, seed, **values):
     blank = {
         "bits_per_weight": 2.1,
         "ppl_fp": 1.0,
@@ -365,12 +367,12 @@ def row(arm, seed, **values):
         "seconds_qat": 1.0,
         "peak_mb": 1.0,
     }
-    return {"arm": arm, "seed": seed, **blank, **values}
+    return {"method": method, "seed": seed, **blank, **values}
 
 
 @pytest.fixture
 def data():
-    config = settings([Arm("a", "first", None), Arm("b", "second", None)], TINY, "m", "t", "p")
+    config = settings([Recipe("a", "first", None), Recipe("b", "second", None)], TINY, "m", "t", "p", "a" * 16)
     return {
         "meta": results.describe(config),
         "curves": {},
@@ -402,25 +404,18 @@ def test_committed_figures_are_shown_beside_their_like_alone(data):
         shown = report.beside(data, committed)
         assert shown.splitlines()[-1] == f"No committed figures beside these: {why}."
         assert "0.2000" in shown and "(0.1000 to 0.3000)" not in shown
-    arms = data["meta"]["config"]["arms"]
-    changed = report.beside(data, other(arms=arms | {"b": arms["b"] | {"teacher": False}}))
+    methods = data["meta"]["config"]["methods"]
+    changed = report.beside(data, other(methods=methods | {"b": methods["b"] | {"teacher": False}}))
     assert "(0.1000 to 0.3000)" not in changed and re.search(r"^a .*0\.2000 +0\.2000", changed, re.MULTILINE)
 
 
-def test_another_text_than_the_committed_one_is_told(data):
-    new, committed = copy.deepcopy(data), copy.deepcopy(data)
-    new["meta"]["config"]["text_digest"] = "a" * 16
-    for digest, told in (
-        ("a" * 16, ""),
-        ("b" * 16, "another text than the committed one"),
-        (None, "do not say which text"),
-    ):
-        committed["meta"]["config"]["text_digest"] = digest
-        last = report.beside(new, committed).splitlines()[-1]
-        assert told in last and last.startswith("b ") == (not told)
-    del committed["meta"]["config"]["text_digest"]
-    assert "do not say which text" in report.beside(new, committed)
-    assert f"text `t` ({'a' * 16})," in report.caption(new) and "text `t`, 5" in report.caption(committed)
+def test_another_text_than_the_committed_one_is_named(data):
+    committed = copy.deepcopy(data)
+    assert report.beside(data, committed).splitlines()[-1].startswith("b ")
+    committed["meta"]["config"]["text_digest"] = "b" * 16
+    last = report.beside(data, committed).splitlines()[-1]
+    assert f"another text than the committed one ({'a' * 16}, not {'b' * 16})" in last
+    assert f"text `t` ({'a' * 16})," in report.caption(data)
 
 
 def test_results_call_the_bundled_model_and_no_other_by_its_name(tmp_path, monkeypatch):
@@ -452,30 +447,30 @@ def test_readme_table_is_the_committed_one():
     assert report.readme_block(data) in (ROOT / "README.md").read_text()
 
 
-def test_committed_results_hold_every_arm_and_three_seeds():
+def test_committed_results_hold_every_method_and_three_seeds():
     data = read_results(ROOT / "results" / "compare.json")
-    assert {(row["arm"], row["seed"]) for row in data["rows"]} >= {
-        (arm.name, seed) for arm in ARMS for seed in (0, 1, 2)
+    assert {(row["method"], row["seed"]) for row in data["rows"]} >= {
+        (recipe.name, seed) for recipe in RECIPES for seed in (0, 1, 2)
     }
-    now = json.loads(json.dumps({arm.name: compare.asdict(arm) for arm in ARMS}))
-    assert data["meta"]["config"]["arms"] == now, "the arms changed: run `make compare ARGS='--seeds 0 1 2 --save'`"
+    now = json.loads(json.dumps({recipe.name: compare.asdict(recipe) for recipe in RECIPES}))
+    assert data["meta"]["config"]["methods"] == now, "recipes changed: run make compare ARGS='--seeds 0 1 2 --save'"
 
 
-def test_bits_of_the_arms_are_close():
+def test_bits_of_the_methods_are_close():
     data = read_results(ROOT / "results" / "compare.json")
-    bits = [row["bits_per_weight"] for row in data["rows"] if row["arm"] != "fp"]
+    bits = [row["bits_per_weight"] for row in data["rows"] if row["method"] != "fp"]
     assert 2 < min(bits) and max(bits) - min(bits) <= 0.05
 
 
-def test_rates_of_the_arms_are_the_best_of_the_search():
+def test_rates_of_the_methods_are_the_best_of_the_search():
     rows = read_results(ROOT / "results" / "rates.json")["rows"]
-    for arm in ARMS:
-        tried = [r for r in rows if r["arm"] == arm.name]
-        if arm.quant is None or arm.rates is None:
+    for recipe in RECIPES:
+        tried = [r for r in rows if r["method"] == recipe.name]
+        if recipe.quant is None or recipe.rates is None:
             assert not tried
             continue
         best = min(tried, key=lambda r: (round(r["kl_qat"], 3), r.get("lr_latents", 0), r["lr_scales"]))
-        assert len(tried) == 9 and arm.rates == {key: best[key] for key in best if key.startswith("lr_")}
+        assert len(tried) == 9 and recipe.rates == {key: best[key] for key in best if key.startswith("lr_")}
 
 
 def test_readme_states_only_generated_perplexities():
@@ -486,21 +481,25 @@ def test_readme_states_only_generated_perplexities():
 
 
 def test_results_refuses_other_settings(tmp_path):
-    config = settings([ARMS[0]], TINY, "m", "t", "p")
-    Results(tmp_path / "r.json", config).add(row("fp", 0), [], None)
+    config = settings([RECIPES[0]], TINY, "m", "t", "p", "d")
+    Results(tmp_path / "r.json", config).add(row("fp", 0), [])
     assert Results(tmp_path / "r.json", config).has("fp", 0)
     with pytest.raises(ValueError, match="model was m, is n"):
-        Results(tmp_path / "r.json", settings([ARMS[0]], TINY, "n", "t", "p"))
+        Results(tmp_path / "r.json", settings([RECIPES[0]], TINY, "n", "t", "p", "d"))
 
 
 @pytest.mark.parametrize("name", ["sq", "lcqat-planes"])
 def test_what_is_scored_is_what_a_file_will_hold(name, place, tmp_path, monkeypatch):
     """Before and after training: rounding to the 16 bits that a file has changes no number of what was scored."""
     teacher, tokenizer = load(place / "model")
-    lab = compare.Lab(teacher, tokenizer, load_text(str(place / "text.txt"), tokenizer), TINY, torch.device("cpu"))
+    experiment = compare.Experiment(
+        teacher, tokenizer, load_text(str(place / "text.txt"), tokenizer), TINY, torch.device("cpu")
+    )
     scored = []
-    monkeypatch.setattr(compare.Lab, "score", lambda self, model: scored.append(copy.deepcopy(model)) or (1.0, 1.0))
-    compare.run_arm(lab, next(arm for arm in ARMS if arm.name == name), 0, 1.0)
+    monkeypatch.setattr(
+        compare.Experiment, "score", lambda self, model: scored.append(copy.deepcopy(model)) or (1.0, 1.0)
+    )
+    compare.run_recipe(experiment, next(recipe for recipe in RECIPES if recipe.name == name), 0, 1.0)
     assert len(scored) == 2
     for model in scored:
         held = copy.deepcopy(model)

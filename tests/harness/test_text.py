@@ -1,6 +1,6 @@
 """What is checked: the docstring reader against Python's `inspect` (and that it runs no code); that splits
-are disjoint, stable and independent of order; that windows, batches and samples are the text's own
-windows; that the cache gives the same ids and survives corruption; and that errors name the remedy."""
+are disjoint, stable and independent of order; that the cache gives the same ids and survives corruption; and that
+errors name the remedy."""
 
 import hashlib
 import importlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lcqat_min.harness import corpus as docstrings
@@ -24,7 +24,7 @@ texts_strategy = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_
 
 
 class CharTokenizer:
-    """One token a character, so that expected ids can be written down; 0 ends a text."""
+    """One token per character, so that expected ids can be written down; 0 ends a text."""
 
     eos_token_id = 0
 
@@ -37,11 +37,6 @@ class CharTokenizer:
 
     def get_vocab(self):
         return {chr(i): i + self.shift for i in range(1, 128)}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("LCQAT_QUIET", "1")
 
 
 @pytest.fixture
@@ -247,12 +242,12 @@ def test_digest_tells_texts_apart():
     assert moved.digest != expected
 
 
-def test_a_text_that_is_shown_more_than_once_is_told(capsys):
+def test_a_note_says_that_a_text_is_used_more_than_once(capsys):
     splits = text.Splits(torch.arange(8), torch.arange(4), torch.arange(4), "a")
     text.say_if_repeated(splits, 8)
     assert not capsys.readouterr().out
     text.say_if_repeated(splits, 9)
-    assert "has 8 tokens to train on, so 9 show it more than once" in capsys.readouterr().out
+    assert "has 8 training tokens, so 9 use some of it more than once" in capsys.readouterr().out
 
 
 def test_tokens_that_a_model_does_not_have_are_refused(corpus, tiny_llama):
@@ -286,55 +281,8 @@ def test_wikitext_without_network_names_the_remedy(monkeypatch, tmp_path):
 
 def test_wikitext_without_its_reader_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match="pip install datasets"):
+    with pytest.raises(FileNotFoundError, match="ModuleNotFoundError.*Install that"):
         text.load_text("wikitext2", CharTokenizer(), cache_dir=tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------- windows
-
-
-@given(st.integers(1, 60), st.integers(1, 20))
-def test_windows_are_consecutive_pieces(length, window):
-    ids = torch.arange(length)
-    if length < window:
-        with pytest.raises(ValueError, match="shorter window"):
-            text.windows(ids, window)
-        return
-    expected = [list(range(i, i + window)) for i in range(0, length - window + 1, window)]
-    assert text.windows(ids, window).tolist() == expected
-
-
-@settings(max_examples=50)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**31))
-def test_an_epoch_shows_each_window_at_most_once(count, window, batch_size, seed):
-    batch_size = min(batch_size, count)
-    stream = text.batches(torch.arange(count * window), window, batch_size, torch.Generator().manual_seed(seed))
-    for _ in range(3):
-        epoch = torch.cat([next(stream) for _ in range(count // batch_size)])
-        assert epoch.shape == (count // batch_size * batch_size, window)
-        starts = epoch[:, 0].tolist()
-        assert len(set(starts)) == len(starts) and all(start % window == 0 for start in starts)
-        assert torch.equal(epoch, epoch[:, :1] + torch.arange(window))
-
-
-def test_batches_follow_the_generator_and_reshuffle():
-    ids = torch.arange(4000)
-    streams = [text.batches(ids, 4, 1000, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
-    first, same, other = ([next(s), next(s)] for s in streams)
-    assert all(map(torch.equal, first, same))
-    assert not torch.equal(first[0], other[0])
-    assert not torch.equal(first[0], first[1])  # a new order in the second epoch
-    assert torch.equal(first[0].sort(dim=0).values, first[1].sort(dim=0).values)  # of the same windows
-
-
-def test_sampled_windows_are_distinct_windows_of_the_text():
-    ids = torch.arange(1003)
-    sample = text.sample_windows(ids, 30, 10, torch.Generator().manual_seed(1))
-    allowed = {tuple(row) for row in text.windows(ids, 10).tolist()}
-    drawn = {tuple(row) for row in sample.tolist()}
-    assert len(drawn) == 30 and drawn <= allowed
-    assert torch.equal(sample, text.sample_windows(ids, 30, 10, torch.Generator().manual_seed(1)))
-    assert not torch.equal(sample, text.sample_windows(ids, 30, 10, torch.Generator().manual_seed(2)))
 
 
 # ----------------------------------------------------------------------------------------------- errors
@@ -364,18 +312,3 @@ def test_tokenizer_without_end_of_text():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="set tokenizer.eos_token"):
         text.load_text("docstrings", tokenizer)
-
-
-@pytest.mark.parametrize("ids, window", [(torch.arange(5), 6), (torch.arange(5), 0), (torch.ones(4, 4), 2)])
-def test_ids_that_give_no_window(ids, window):
-    with pytest.raises(ValueError, match="1-D ids"):
-        text.windows(ids, window)
-
-
-@pytest.mark.parametrize("count", [0, 4])
-def test_more_windows_than_the_text_holds(count):
-    ids, generator = torch.arange(30), torch.Generator()
-    with pytest.raises(ValueError, match="holds 3 windows of 10 tokens"):
-        text.batches(ids, 10, count, generator)  # at the call, not at the first next()
-    with pytest.raises(ValueError, match="holds 3 windows of 10 tokens"):
-        text.sample_windows(ids, count, 10, generator)

@@ -47,7 +47,7 @@ def test_sums_come_in_an_order_that_depends_on_the_shape():
 
 def test_the_other_text_lies_where_that_of_this_machine_is_looked_for(anywhere, monkeypatch):
     pages = [f"{i} " + "a page that is long enough to be a text " * 4 for i in range(2000)]
-    monkeypatch.setattr(text, "docstrings", lambda quiet: pages if "sympy" in docstrings.PACKAGES else pages[:1500])
+    monkeypatch.setattr(text, "docstrings", lambda: pages if "sympy" in docstrings.PACKAGES else pages[:1500])
     tokenizer = AutoTokenizer.from_pretrained(str(BUNDLED))
     own = text.load_text("docstrings", tokenizer, cache_dir=anywhere.LOGS / "own")
     python, environment = anywhere.other_text()

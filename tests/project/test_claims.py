@@ -1,22 +1,64 @@
 """What the README says of the results is true of results/*.json: by more than the spread over seeds, or it fails.
 
+Every number in its prose is listed in NUMBERS, with the test of it.
+
 pytest tests/project/test_claims.py
 """
 
+import importlib.util
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from lcqat_min.harness.report import by_arm
+from lcqat_min.codebook import frame_planes
+from lcqat_min.harness.compare import Budget
+from lcqat_min.harness.models import BUNDLED, load
+from lcqat_min.harness.report import END, START, by_method
 from lcqat_min.harness.results import read_results
+from lcqat_min.ptq.select import linear_layers
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBER = r"\d[\d.,]*|two|three|four|five|sixth|eight|nine|ten|tenth|thirteen|hundred|thousand|half|halves|twice"
+PHRASES = {  # every number in the README's prose and the word after it -> the test that holds it, or why there is none
+    "Two bits": "the task", "2 bits": "the task", "Two commands": "a heading",
+    "3.11 to": "test_the_readme_names_versions", "3.14 and": "test_the_readme_names_versions",
+    "3.14 not": "test_the_readme_names_versions", "3.14.1 On": "a fault of that version",
+    "Thirteen notebooks": "test_counts", "eight such": "test_counts",
+    "90 minutes": "test_guide.py", "half a": "test_guide.py", "two days": "test_guide.py",
+    "halves their": "bf16 for fp32",
+    "tenth of": "test_lattice_is_little_ahead_of_the_rotated_grid", "36 numbers": "test_counts",
+    "ten thousand": "test_codes_of_the_lcqat_methods_hardly_flip",
+    "three times": "test_rates_that_flip_codes_did_not_help, test_more_tokens_leave_the_order",
+    "ten times": "test_rates_that_flip_codes_did_not_help",
+    "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
+    "eight weights": "test_one_switch_at_a_time", "four bring": "test_one_switch_at_a_time", "256 times": "test_counts",
+    "4.5 million": "test_counts",
+}  # fmt: skip
+
+
+def prose() -> str:
+    """The README without code, generated table, other tables, targets of links, and numbers of papers and notebooks."""
+    text = README.split(START)[0] + README.split(END)[1]
+    for left_out in (r"```.*?```", r"^\|.*$", r"`[^`]*`", r"\]\([^)]*\)", r"\b\d{4}\.\d{5}\b", r"\[notebook \d\d"):
+        text = re.sub(left_out, "", text, flags=re.DOTALL if "```" in left_out else re.MULTILINE)
+    return text
+
+
+def test_every_number_in_the_prose_has_its_test():
+    """A new sentence with a number needs a test here, and a line in PHRASES."""
+    found = re.findall(rf"\b({NUMBER})\b(?:\W+(\w+))?", prose(), re.IGNORECASE)
+    assert {f"{number} {word}".strip() for number, word in found} == PHRASES.keys()
+    named = re.findall(r"test_\w+", " ".join(PHRASES.values()))
+    assert all(name in globals() or (ROOT / "tests" / "project" / f"{name}.py").exists() for name in named)
 
 
 @pytest.fixture(scope="module")
-def arms():
-    return by_arm(read_results(ROOT / "results" / "compare.json")["rows"])
+def methods():
+    return by_method(read_results(ROOT / "results" / "compare.json")["rows"])
 
 
 def below(rows: list[dict], key: str, others: list[dict], other_key: str) -> bool:
@@ -25,22 +67,22 @@ def below(rows: list[dict], key: str, others: list[dict], other_key: str) -> boo
     return min(theirs) - max(ours) > max(max(ours) - min(ours), max(theirs) - min(theirs))
 
 
-def test_vector_rounding_beats_scalar_training(arms):
-    assert below(arms["lcqat-planes"], "kl_ptq", arms["sq"], "kl_qat")
+def test_vector_rounding_beats_scalar_training(methods):
+    assert below(methods["lcqat-planes"], "kl_ptq", methods["sq"], "kl_qat")
 
 
-def test_published_scalar_start_does_not_reach_feedback_rounding(arms):
-    assert below(arms["gptq"], "kl_ptq", arms["sq-paretoq"], "kl_qat")
+def test_published_scalar_start_does_not_reach_feedback_rounding(methods):
+    assert below(methods["gptq"], "kl_ptq", methods["sq-paretoq"], "kl_qat")
 
 
 @pytest.mark.parametrize("key", ["kl_ptq", "kl_qat"])
-def test_order_of_the_arms(arms, key):
-    assert below(arms["lcqat-planes"], key, arms["lcqat-paper"], key)
-    assert below(arms["lcqat-paper"], key, arms["sq"], key)
+def test_order_of_the_methods(methods, key):
+    assert below(methods["lcqat-planes"], key, methods["lcqat-paper"], key)
+    assert below(methods["lcqat-paper"], key, methods["sq"], key)
 
 
-def test_training_helps_every_trained_arm(arms):
-    for name, rows in arms.items():
+def test_training_helps_every_trained_method(methods):
+    for name, rows in methods.items():
         if name != "fp" and rows[0]["kl_qat"] is not None:
             assert below(rows, "kl_qat", rows, "kl_ptq"), name
 
@@ -51,56 +93,60 @@ def level(rows: list[dict], others: list[dict], key: str) -> bool:
     return min(ours) <= max(theirs) and min(theirs) <= max(ours)
 
 
-def test_lattice_is_little_ahead_of_the_rotated_grid(arms):
-    mean = {name: sum(row["kl_qat"] for row in arms[name]) / 3 for name in ("sq", "lcqat-release", "lcqat-paper")}
+def test_lattice_is_little_ahead_of_the_rotated_grid(methods):
+    mean = {name: sum(row["kl_qat"] for row in methods[name]) / 3 for name in ("sq", "lcqat-release", "lcqat-paper")}
     assert abs(mean["lcqat-release"] - mean["lcqat-paper"]) < 0.1 * (mean["sq"] - mean["lcqat-paper"])
 
 
-def test_untied_vectors_beat_every_scalar_arm(arms):
-    assert all(below(arms["lcqat-planes"], "kl_ptq", arms[name], "kl_ptq") for name in ("rtn", "gptq", "lcqat-release"))
+def test_untied_vectors_are_better_than_every_scalar_method(methods):
+    assert all(
+        below(methods["lcqat-planes"], "kl_ptq", methods[name], "kl_ptq") for name in ("rtn", "gptq", "lcqat-release")
+    )
     for name in ("sq", "sq-paretoq", "lcqat-release", "lcqat-paper"):
-        assert below(arms["lcqat-planes"], "kl_qat", arms[name], "kl_qat")
+        assert below(methods["lcqat-planes"], "kl_qat", methods[name], "kl_qat")
 
 
-def test_planes_and_table_are_level_after_training(arms):
-    assert level(arms["lcqat-planes"], arms["free-vq"], "kl_qat")
+def test_planes_and_table_are_level_after_training(methods):
+    assert level(methods["lcqat-planes"], methods["free-vq"], "kl_qat")
 
 
-def test_codes_of_the_lcqat_arms_hardly_flip(arms):
-    assert all(row["code_flips"] < 0.0001 for name in arms if name.startswith("lcqat") for row in arms[name])
+def test_codes_of_the_lcqat_methods_hardly_flip(methods):
+    assert all(row["code_flips"] < 0.0001 for name in methods if name.startswith("lcqat") for row in methods[name])
 
 
 def test_rates_that_flip_codes_did_not_help():
     rows = read_results(ROOT / "results" / "rates.json")["rows"]
-    for arm in ("lcqat-paper", "lcqat-planes"):
+    for method in ("lcqat-paper", "lcqat-planes"):
         best = {
-            rate: min(row["kl_qat"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            rate: min(row["kl_qat"] for row in rows if row["method"] == method and row["lr_latents"] == rate)
             for rate in (0.001, 0.003, 0.01)
         }
         flips = {
-            rate: max(row["code_flips"] for row in rows if row["arm"] == arm and row["lr_latents"] == rate)
+            rate: max(row["code_flips"] for row in rows if row["method"] == method and row["lr_latents"] == rate)
             for rate in best
         }
         assert flips[0.001] < 0.0001 and 0.001 < flips[0.003] < flips[0.01]
         assert best[0.003] > best[0.001] - 0.0005 and best[0.01] > best[0.001] + 0.01
 
 
-def test_control_drifts(arms):
-    assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in arms["fp"])
+def test_control_drifts(methods):
+    assert all(row["kl_qat"] > 0.01 and row["ppl_qat"] > row["ppl_fp"] for row in methods["fp"])
 
 
 def test_more_tokens_leave_the_order():
     rows = read_results(ROOT / "results" / "longer.json")["rows"]
-    by_arm = {name: [row for row in rows if row["arm"] == name] for name in {row["arm"] for row in rows}}
-    assert all(found[-1]["kl"] < found[1]["kl"] for found in by_arm.values())
-    last = {name: found[-1]["kl"] for name, found in by_arm.items()}
+    by_method = {name: [row for row in rows if row["method"] == name] for name in {row["method"] for row in rows}}
+    assert all(found[-1]["kl"] < found[1]["kl"] for found in by_method.values())
+    last = {name: found[-1]["kl"] for name, found in by_method.items()}
     assert last["lcqat-planes"] < last["lcqat-paper"] < last["sq"]
-    first, end = by_arm["lcqat-planes"][1], by_arm["sq"][-1]
-    assert first["tokens"] * 6 == end["tokens"] and first["kl"] < end["kl"]
-    fast, frozen = (by_arm[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
+    first, end = by_method["lcqat-planes"][1], by_method["sq"][-1]
+    assert first["tokens"] * 6 == end["tokens"] == 6 * 5 * Budget().train_tokens // 6 and first["kl"] < end["kl"]
+    fast, frozen = (by_method[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
     assert fast["code_flips"] > 0.01 and frozen["code_flips"] == 0
     table = [
-        row["kl_qat"] for row in read_results(ROOT / "results" / "compare.json")["rows"] if row["arm"] == "lcqat-planes"
+        row["kl_qat"]
+        for row in read_results(ROOT / "results" / "compare.json")["rows"]
+        if row["method"] == "lcqat-planes"
     ]
     seeds = max(table) - min(table)
     assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < seeds
@@ -122,6 +168,7 @@ def test_one_switch_at_a_time():
     assert max(loss[key] for key in small) < 1.5 * spread
     assert min(loss["feedback", False], loss["rotate", "none"]) > 5 * spread
     assert loss["dim", 8] < -2 * spread
+    assert abs(loss["start_on_codes", True]) < spread  # as `train` on the command line starts
     assert loss["lr_scales", 0.0] > 2 * spread and loss["lr_rest", 0.0] > loss["lr_scales", 0.0] + 2 * spread
 
 
@@ -136,9 +183,42 @@ def test_packed_products_on_a_cpu():
             assert 0.8 < value < 1.2
 
 
-def test_answers_in_the_library_example(arms):
+def test_kernels_were_compiled_without_spills():
+    rows = read_results(ROOT / "results" / "kernels_aot.json")["rows"]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"} and not any(row["spills"] for row in rows)
+
+
+def test_compare_takes_about_eight_minutes(methods):
+    seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for rows in methods.values() for row in rows) / 3
+    assert 6 * 60 < seconds < 9 * 60 and "about eight minutes on 2 cores" in README
+
+
+def test_counts():
+    assert len(list((ROOT / "notebooks").glob("*.ipynb"))) == 13
+    spec = importlib.util.spec_from_file_location("conditions", ROOT / "scripts" / "anywhere.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["conditions"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    assert len(module.CONDITIONS) == 8
+    book = frame_planes()
+    assert book.A.numel() + book.b.numel() == 36 and 2 ** (2 * 8) == 256 * 2 ** (2 * 4)
+    model, _ = load(BUNDLED)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.5
+    assert len(list(linear_layers(model))) == 28 and "# 28 linear layers" in README
+
+
+def test_the_readme_names_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11"
+    (torch_pin,) = re.findall(r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"pip install {torch_pin}\n" in README
+
+
+def test_answers_in_the_library_example(methods):
     """The example uses seed 0 of lcqat-planes: its printed answers are that row's."""
-    text = (ROOT / "README.md").read_text()
-    printed = re.findall(r"text\.test\[:16384\]\):\.4f}\"\)  # (\S+)", text)
-    row = next(row for row in arms["lcqat-planes"] if row["seed"] == 0)
+    printed = re.findall(r"text\.test\[:16384\]\):\.4f}\"\)  # (\S+)", README)
+    row = next(row for row in methods["lcqat-planes"] if row["seed"] == 0)
     assert printed == [f"{row['kl_ptq']:.4f}", f"{row['kl_qat']:.4f}"]
+    budget = Budget()
+    assert (budget.calibration_tokens, budget.window, budget.batch, budget.steps) == (128 * 256, 256, 4, 60)
+    assert budget.eval_tokens == 16384 and "text.train, 128, 256," in README and "TrainConfig(steps=60)" in README
