@@ -114,9 +114,9 @@ def attempt(way: Callable[..., Tensor], *arguments) -> Tensor | None:
         if strict or isinstance(error, torch.OutOfMemoryError):
             raise
         _failed.add(way.__name__)
-        remedy = ", or `pip install triton`" if isinstance(error, ImportError) else ""
+        remedy = " To avoid that: `pip install triton`." if isinstance(error, ImportError) else ""
         warnings.warn(
-            f"{way.__name__} failed, so plain torch takes its place. Wait longer{remedy}. "
+            f"{way.__name__} failed, so plain torch takes its place: the same result, but more slowly.{remedy} "
             f"Cause: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,
