@@ -65,11 +65,10 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
 
 def dequantize(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype) -> Tensor:
     """D: packed codes uint8 [rows, bytes] -> `dtype` [rows, columns]."""
+    D = None
     if on_gpu(codes) and dtype != torch.float32 and 8 % book.bits == 0:
-        weight = attempt(looked_up, codes, byte_table(book).to(dtype), columns)
-        if weight is not None:
-            return weight
-    return decode(codes, book, columns).to(dtype)
+        D = attempt(looked_up, codes, byte_table(book).to(dtype), columns)
+    return decode(codes, book, columns).to(dtype) if D is None else D
 
 
 def on_gpu(x: Tensor) -> bool:
