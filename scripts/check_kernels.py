@@ -3,7 +3,7 @@
     python scripts/check_kernels.py                  all targets; writes results/kernels_aot.json
     python scripts/check_kernels.py --quick          one GPU, the batch-1 kernels, nothing written (a test runs it)
 
-One line a kernel and target: registers, shared memory, spills, and instructions per weight of the inner loop, counted
+One line per kernel and target: registers, shared memory, spills, and instructions per weight of the inner loop, counted
 in the machine code (SASS) by the disassembler that the triton package brings. A weight's share of a loop is
 
     instructions of the loop * threads / weights that the threads handle in one turn

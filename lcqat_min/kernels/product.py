@@ -65,11 +65,10 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
 
 def dequantize(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype) -> Tensor:
     """D: packed codes uint8 [rows, bytes] -> `dtype` [rows, columns]."""
+    D = None
     if on_gpu(codes) and dtype != torch.float32 and 8 % book.bits == 0:
-        weight = attempt(looked_up, codes, byte_table(book).to(dtype), columns)
-        if weight is not None:
-            return weight
-    return decode(codes, book, columns).to(dtype)
+        D = attempt(looked_up, codes, byte_table(book).to(dtype), columns)
+    return decode(codes, book, columns).to(dtype) if D is None else D
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -114,9 +113,9 @@ def attempt(way: Callable[..., Tensor], *arguments) -> Tensor | None:
         if strict or isinstance(error, torch.OutOfMemoryError):
             raise
         _failed.add(way.__name__)
-        remedy = ", or `pip install triton`" if isinstance(error, ImportError) else ""
+        remedy = " To avoid that: `pip install triton`." if isinstance(error, ImportError) else ""
         warnings.warn(
-            f"{way.__name__} failed, so plain torch takes its place. Wait longer{remedy}. "
+            f"{way.__name__} failed, so plain torch takes its place: the same result, but more slowly.{remedy} "
             f"Cause: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,

@@ -53,18 +53,14 @@ def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -
     partial = h.new_empty((triton.cdiv(blocks, each), columns, rows))
     A, b, codes = planes.A.contiguous(), planes.b.contiguous(), codes.contiguous().view(torch.int8)
     sizes = {"D": planes.dim, "K": planes.bits, "LIMBS": limbs, "BYTES": TILE_BYTES}
-    tile = {"COLUMNS": columns_of(columns), "ROWS": TILE_ROWS, "BYTES": TILE_BYTES, "num_warps": 4, "num_stages": 3}
+    width = max(LEAST_COLUMNS, triton.next_power_of_2(columns))
+    tile = {"COLUMNS": width, "ROWS": TILE_ROWS, "BYTES": TILE_BYTES, "num_warps": 4, "num_stages": 3}
     with torch.cuda.device_of(h):  # Triton launches on the current device
         fold_kernel[tokens, blocks](h.contiguous(), A, b, digits, scale, constant, inputs, tokens, blocks, **sizes)
         fused_kernel[tiles, len(partial)](
             codes, digits, scale, constant, partial, rows, row_bytes, blocks, columns, each, **tile
         )
     return partial.view(-1, tokens, rows).sum(0)
-
-
-def columns_of(count: int) -> int:
-    """COLUMNS of the fused kernel for `count` limbs of tokens: a power of two, and one that tensor cores take."""
-    return max(LEAST_COLUMNS, triton.next_power_of_2(count))
 
 
 def launch_dequantize(codes: Tensor, table: Tensor, columns: int) -> Tensor:
