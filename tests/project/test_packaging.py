@@ -24,7 +24,7 @@ import lcqat_min
 ROOT = Path(__file__).resolve().parents[2]
 CORE = "codebook layer kernels ptq qat systems disk harness".split()
 OPTIONAL = "transformers datasets triton tqdm matplotlib safetensors accelerate".split()
-TARGETS = "help setup compare test coverage anywhere bench figures notebooks slides lint lab lock clean".split()
+TARGETS = "help setup compare test anywhere bench figures notebooks slides lint lab lock clean".split()
 
 
 def normalized(requirement: str) -> str:
