@@ -1,6 +1,6 @@
 """What the README says of the results is true of results/*.json: by more than the spread over seeds, or it fails.
 
-Every number in its prose is listed in NUMBERS, with the test of it.
+Every number in its prose is listed in PHRASES, with the test of it.
 
 pytest tests/project/test_claims.py
 """
