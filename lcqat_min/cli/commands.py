@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 def method_with(name: str, settings: list[str]) -> Method:
     """The method of this name with settings such as "dim=2". UsageError for one that it does not have."""
-    kind, values = method_of(name), {}
+    kind, values = method_of(name), dict[str, Any]()
     plain = (bool, int, float, str)
     defaults = {field.name: field.default for field in fields(kind) if isinstance(field.default, plain)}
     for setting in settings:
@@ -209,11 +210,11 @@ def _say_what_is_left(model: nn.Module) -> None:
     if share > 0.05:
         print(
             f"note: {share:.0%} of the weights, embeddings and head not counted, stay as they are; the largest is "
-            f"{max(left, key=left.get)}. Only linear layers are quantized, and not those that are skipped"
+            f"{max(left, key=left.__getitem__)}. Only linear layers are quantized, and not those that are skipped"
         )
 
 
-def _save_tokenizer(tokenizer: object, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     with optional(f"the model is stored without its tokenizer: tokenizer.save_pretrained({str(folder)!r}) adds that"):
         tokenizer.save_pretrained(folder)
 

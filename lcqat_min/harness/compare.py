@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Recipe:
     name: str
     what: str
     quant: Method | None
-    rates: dict[str, float] | None = None
+    rates: dict[str, Any] | None = None
     teacher: bool = True
 
 
@@ -125,7 +126,7 @@ class Experiment:
     """What all methods share: the unquantized model, the text and the budget."""
 
     teacher: nn.Module
-    tokenizer: object
+    tokenizer: Any
     text: Splits
     budget: Budget
     device: torch.device
