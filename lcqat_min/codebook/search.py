@@ -18,8 +18,6 @@ x fp32 [d, N] -> index int64 [N].
 Limits: memory and time grow with the number of codewords, 2^bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -15,11 +15,8 @@ Steps: second moments of the inputs of each layer, from the unquantized model; e
 method (ptq/method.py); then all layers are replaced. Same seed, same codes, bit by bit, on one machine.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..language_model import Batch, check_model, read_batch, without_padding
-from ..layer.linear import QuantLinear
-from ..layer.units import in_units
+from ..layer.linear import QuantLinear, in_units
 from .lcqat import LCQAT
 from .ldlq import proxy_loss
 from .method import Method
@@ -86,37 +82,17 @@ def quantize(
         for name, moments in zip(progress(layers), _moments(model, layers, texts), strict=False):
             W = weight_of(layers[name])
             made[name] = method.layer(W, moments.H, layers[name].bias, generator)
-            if not torch.isfinite(weight := made[name].weight.detach()).all():
-                largest = f"{W.abs().max():.3g}"
-                raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
-            reports.append(_report(name, W, weight, moments))
+            reports.append(_report(name, W, made[name].weight.detach(), moments))
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark(model)
     return reports
 
 
-def _layers_and_texts(
-    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
-    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
-    layers, left = dict(linear_layers(model, skip)), left_alone(model, skip)
-    texts = _checked(batches, model, layers) if layers else []
-    left |= read_or_written(model, layers, texts[0][:1]) if layers else {}
-    _say_what_is_left(left)
-    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
-        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
-        already = "; this model is quantized already" if quantized else ""
-        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
-    return layers, texts
-
-
-def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
-    H, (W, unit) = in_units(moments.H)[0].float(), in_units(W)
-    total = proxy_loss(W, H).sum().item()
-    loss = proxy_loss(weight / unit - W, H).sum().item() / total if total > 0 else 0.0
-    dead = int((moments.H.diagonal() == 0).sum())
-    return LayerReport(name, (W.shape[0], W.shape[1]), loss, dead, moments.tokens)
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight as fp32 [out, in]; transformers' Conv1D stores the transpose."""
+    weight = layer.weight.detach().float()
+    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def mark(model: nn.Module) -> None:
@@ -133,10 +109,23 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight as fp32 [out, in]; transformers' Conv1D stores the transpose."""
-    weight = layer.weight.detach().float()
-    return weight if isinstance(layer, nn.Linear) else weight.T
+def _layers_and_texts(
+    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
+    layers, left, texts = dict(linear_layers(model, skip)), left_alone(model, skip), []
+    if layers:
+        texts = _checked(batches, model, layers)
+        left |= read_or_written(model, layers, texts[0][:1])
+    for why in dict.fromkeys(left.values()):
+        names = [name for name, reason in left.items() if reason == why]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        warnings.warn(f"not quantized: {', '.join(names[:4])}{more}; {why}", RuntimeWarning, stacklevel=3)
+    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
+        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
+        already = "; this model is quantized already" if quantized else ""
+        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
+    return layers, texts
 
 
 def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Module]) -> list[Tensor]:
@@ -151,13 +140,6 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     if not (texts := [text for text in texts if text.numel()]):
         raise UsageError("no calibration tokens: give at least one batch of token ids [B, T] (an iterator ends once)")
     return texts
-
-
-def _say_what_is_left(left: dict[str, str]) -> None:
-    for why, count in Counter(left.values()).items():
-        named = [name for name, reason in left.items() if reason == why]
-        some = ", ".join(named[:4]) + (f" and {count - 4} more" if count > 4 else "")
-        warnings.warn(f"not quantized: {some}; {why}", RuntimeWarning, stacklevel=4)
 
 
 def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
@@ -186,3 +168,15 @@ def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 
 def _inputs(layer: nn.Module) -> int:
     return layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]
+
+
+def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
+    """How well `weight` stands for W. UsageError where it is not finite."""
+    if not torch.isfinite(weight).all():
+        largest = f"{W.abs().max():.3g}"
+        raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
+    H, (W, unit) = in_units(moments.H)[0].float(), in_units(W)
+    total = proxy_loss(W, H).sum().item()
+    loss = proxy_loss(weight / unit - W, H).sum().item() / total if total > 0 else 0.0
+    dead = int((moments.H.diagonal() == 0).sum())
+    return LayerReport(name, (W.shape[0], W.shape[1]), loss, dead, moments.tokens)

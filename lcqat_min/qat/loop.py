@@ -18,13 +18,12 @@ Limits: no gradient accumulation, and no sharding of its own. Pass an `accelerat
 mixed precision; each process brings its own share of the batches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,15 +68,13 @@ def train(
     loop_model, stepper = accelerator.prepare(model, optimizer)
     groups = optimizer.param_groups
     start = start_of(model, config.log_movement)  # after prepare, which may move the parameters to another device
-    run = {"step": 0, "tokens": 0, "losses": [], "history": []}
+    run: dict[str, Any] = {"step": 0, "tokens": 0, "losses": [], "history": []}
     if path:
-        from .checkpoint import check_writable, load, save
+        from .checkpoint import resume, save
 
-        check_writable()
         settings = asdict(config) | {"loss": "next token" if teacher is None else "KL"}
         accelerator.wait_for_everyone()
-        if path.exists():
-            start, run = load(path, model, optimizer, start, settings)
+        start, run = resume(path, model, optimizer, start, settings, run)
     optimizer.zero_grad()  # an interrupted run may have left gradients
     with keep_modes(model):
         model.train()
@@ -147,7 +144,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             if p.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name!r} is {p.dtype}, which loses small steps: call model.float(), or freeze it")
             group, unit = units.get(p, ("rest", 1.0))
-            rate = config.learning_rates[group] * unit
+            rate = getattr(config, f"lr_{group}") * unit
             groups.append({"params": [p], "name": name, "group": group, "lr": rate, "full_lr": rate})
     if not groups:
         raise UsageError("no parameter requires a gradient: call model.requires_grad_(True), or on what should train")

@@ -24,9 +24,9 @@ from lcqat_min.codebook.table import table_start
 from lcqat_min.layer import rotation
 from lcqat_min.layer.linear import AffineLinear, quant_layers
 from lcqat_min.packing.convert import pack_layers
-from lcqat_min.ptq import lcqat, matrix
+from lcqat_min.ptq import lcqat
 from lcqat_min.ptq import model as convert
-from lcqat_min.ptq.method import ROTATIONS, Method
+from lcqat_min.ptq.method import ROTATIONS, Method, sample_vectors
 from lcqat_min.ptq.model import quantize, weight_of
 from lcqat_min.ptq.select import linear_layers
 from lcqat_min.qat.loop import parameter_groups
@@ -561,7 +561,7 @@ def test_the_codebook_is_fitted_to_vectors_from_all_columns():
     d, groups = 4, 256
     W = torch.arange(groups).repeat_interleave(d).repeat(64, 1) + 1.0  # every vector tells its place in the row
     for count in (1, 100, 1024, 4096, 10**6):
-        x = matrix.sample_vectors(W, d, count)
+        x = sample_vectors(W, d, count)
         assert len(x) == min(count, 64 * groups)
         assert len(x.unique(dim=0)) > 0.6 * min(len(x), groups)
 
@@ -576,9 +576,7 @@ def test_a_model_that_was_quantized_in_inference_mode_can_be_trained(tiny_llama,
 
 def whole_path(model: nn.Module, batches: list[torch.Tensor], config: Method) -> list[torch.Tensor]:
     """All that comes out of it: quantized, trained for a step, measured, packed; nothing that was kept is used."""
-    for kept in vars(rotation).values():
-        if hasattr(kept, "cache_clear") and not hasattr(kept, "cache_info"):
-            kept.cache_clear()
+    rotation.KEPT.clear()
     teacher = copy.deepcopy(model)
     losses = [report.loss for report in quantize(model, batches, config)]
     losses += [row["loss"] for row in train(model, batches, TrainConfig(1), teacher)]
