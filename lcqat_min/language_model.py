@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from .errors import UsageError
 
 WRAP = "wrap it in a module that is called as model(input_ids=ids [B, T], use_cache=False).logits [B, T, vocabulary]"
-IGNORED = -100  # the label of a position that is not scored: never a token id, and what cross_entropy leaves out
 
 Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -156,7 +155,7 @@ def _warn_of_padding(ids: Tensor, model: nn.Module, what: str) -> None:
     config = text_config(model)
     pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     known = isinstance(pad, int) and pad not in (end if isinstance(end, list) else [end])
-    padding = ids == (pad if known else IGNORED)
-    if ids.shape[1] > 1 and (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
+    padding = ids == pad
+    if known and ids.shape[1] > 1 and (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
         found = f"a {what} batch has rows that begin or end with the padding token {pad}, which counts as text"
         warnings.warn(f"{found}: give the tokenizer's attention_mask with it", RuntimeWarning, stacklevel=3)

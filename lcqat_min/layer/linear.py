@@ -162,13 +162,12 @@ def starting_latents(coded: CodedMatrix[AffineCodebook], target: Tensor | None =
     Both only as far as the bin reaches: v stays inside, so that it rounds to its code.
     """
     book = coded.codebook
-    centre, half_bin = (0.0, 1.0) if book.levels == 2 else (1.5, 0.5)
+    centre, limit = (0.0, 1 - MARGIN) if book.levels == 2 else (1.5, (1 - MARGIN) / 2)  # half a bin
     v = book.digits(coded.index) + centre
     if target is None:
         return v
     e = target.view(*coded.index.shape, book.dim) - book.decode(coded.index)
     norm = book.A.square().sum(0).clamp(min=1e-12)  # a matrix of zeros is fitted by columns of zeros
-    limit = half_bin * (1 - MARGIN)
     return v + (e @ book.A / norm).clamp(-limit, limit)
 
 

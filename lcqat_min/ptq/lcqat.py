@@ -56,13 +56,12 @@ class LCQAT(Method):
         """As in Method. The seed of `generator` also decides the fit."""
         signs = self.signs(W, generator)
         book = normal_codebook(self.codebook, self.dim, generator.initial_seed()).to(W.device)
-        prepared = self.prepare(W, H, signs, book.dim)
+        W_r, factor = self.prepare(W, H, signs, book.dim)
         if fitted := self.codebook != "scalar":
-            book = fit(sample_vectors(prepared.W, book.dim, FIT_VECTORS), book, FIT_ROUNDS)
-        rounded = self.round(prepared, book, fitted)
+            book = fit(sample_vectors(W_r, book.dim, FIT_VECTORS), book, FIT_ROUNDS)
+        rounded = self.round(W_r, factor, book, fitted)
         target = None if self.start_on_codes else rounded.target
-        coded = prepared.in_weights(rounded.coded)
-        return AffineLinear(coded, W.shape[1], bias, signs, target, self.estimator, self.learn_codebook)
+        return AffineLinear(rounded.coded, W.shape[1], bias, signs, target, self.estimator, self.learn_codebook)
 
 
 @lru_cache(maxsize=8)

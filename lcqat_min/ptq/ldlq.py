@@ -22,8 +22,8 @@ Limits: the codes are found greedily, once, vector by vector.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,7 @@ SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they a
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
 
 
-@dataclass(frozen=True)
-class Rounded:
+class Rounded(NamedTuple):
     """A rounded matrix, and what rounding knows of it.
 
     target: fp32 [out, n], what each vector was rounded from, in units of the row scale: the weight plus the carried
@@ -103,7 +102,7 @@ def round_matrix(
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
         got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
-        raise UsageError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
+        raise UsageError(f"{got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
         raise UsageError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
     return reduce(_better_rows, _candidates(W, factor, codebook, torch.stack(list(scales)), feedback))

@@ -18,15 +18,15 @@ method (ptq/method.py); then all layers are replaced. Same seed, same codes, bit
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..language_model import Batch, check_model, read_batch, without_padding
-from ..layer.linear import QuantLinear, in_units
+from ..layer.linear import in_units
 from .lcqat import LCQAT
 from .ldlq import proxy_loss
 from .method import Method
@@ -38,8 +38,7 @@ IN_TRAINING = {"quant_method": QUANT_METHOD, "version": "in training"}
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass of the model
 
 
-@dataclass(frozen=True)
-class LayerReport:
+class LayerReport(NamedTuple):
     """One quantized layer: its shape [out, in]; the proxy loss tr(E H E^T) as a share of tr(W H W^T); how many inputs
     were never active; how many tokens were seen."""
 
@@ -75,14 +74,19 @@ def quantize(
         raise UsageError(f"skip is the text {skip!r}; give a tuple: ({skip!r},)")
     layers, texts = _layers_and_texts(model, batches, skip)
     generator, method = torch.Generator().manual_seed(seed), method or LCQAT()
-    made: dict[str, QuantLinear] = {}
-    reports = []
+    made, reports = {}, []
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
         method = method.start(list(layers.values()), generator)
-        for name, moments in zip(progress(layers), _moments(model, layers, texts), strict=False):
-            W = weight_of(layers[name])
-            made[name] = method.layer(W, moments.H, layers[name].bias, generator)
-            reports.append(_report(name, W, made[name].weight.detach(), moments))
+        for name, (H, tokens) in zip(progress(layers), _moments(model, layers, texts), strict=False):
+            W, unit = in_units(weight_of(layers[name]))
+            H /= in_units(H)[1]  # in place: it may take gigabytes
+            made[name] = layer = method.layer(W, H, layers[name].bias, generator)
+            layer.set_row_scale(unit * layer.row_scale)
+            if not torch.isfinite(weight := layer.weight.detach()).all():
+                raise UsageError(f"{name!r} reaches {unit * W.abs().max():.3g}, too much for fp32: name it in `skip`")
+            total, lost = (proxy_loss(E, H.float()).sum().item() for E in (W, weight / unit - W))
+            dead = (H.diagonal() == 0).sum().item()
+            reports.append(LayerReport(name, tuple(W.shape), lost / total if total else 0.0, dead, tokens))
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark(model)
@@ -109,9 +113,7 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def _layers_and_texts(
-    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
+def _layers_and_texts(model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]) -> tuple[dict, list[Tensor]]:
     """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
     layers, left, texts = dict(linear_layers(model, skip)), left_alone(model, skip), []
     if layers:
@@ -143,40 +145,20 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
 
 
 def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
-    """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
-    for group in _groups(layers):
-        found = second_moments(model, group, texts)
+    """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding.
+
+    As many layers at a time as MOMENTS_BYTES holds, and at least one.
+    """
+    inputs, left = {name: weight_of(layer).shape[1] for name, layer in layers.items()}, list(layers)
+    while left:
+        sizes = accumulate(8 * inputs[name] ** 2 for name in left)  # bytes of each and all before it
+        fitting = max(1, sum(size <= MOMENTS_BYTES for size in sizes))
+        group, left = left[:fitting], left[fitting:]
+        found = second_moments(model, {name: layers[name] for name in group}, texts)
         if missing := [name for name in group if name not in found]:
             why = "rounded without error feedback. Give more text, or name them in `skip`"
             warnings.warn(f"no calibration token reached {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
-        for name, layer in group.items():
-            if name not in found:
-                found[name] = Moments(torch.eye(_inputs(layer)).to(layer.weight.device).double(), tokens=0)
+        for name in group:
+            if name in missing:
+                found[name] = Moments(torch.eye(inputs[name]).to(layers[name].weight.device).double(), tokens=0)
             yield found.pop(name)
-
-
-def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Layers whose second moments fit in memory together, at least one at a time."""
-    group: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        if group and sum(8 * _inputs(one) ** 2 for one in (*group.values(), layer)) > MOMENTS_BYTES:
-            yield group
-            group = {}
-        group[name] = layer
-    yield group
-
-
-def _inputs(layer: nn.Module) -> int:
-    return layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]
-
-
-def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
-    """How well `weight` stands for W. UsageError where it is not finite."""
-    if not torch.isfinite(weight).all():
-        largest = f"{W.abs().max():.3g}"
-        raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
-    H, (W, unit) = in_units(moments.H)[0].float(), in_units(W)
-    total = proxy_loss(W, H).sum().item()
-    loss = proxy_loss(weight / unit - W, H).sum().item() / total if total > 0 else 0.0
-    dead = int((moments.H.diagonal() == 0).sum())
-    return LayerReport(name, (W.shape[0], W.shape[1]), loss, dead, moments.tokens)

@@ -17,8 +17,8 @@ Training does.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,14 @@ from ..errors import UsageError
 from ..language_model import keep_modes, run
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """H = E[x x^T], fp64 [n, n], over `tokens` inputs of a layer."""
 
     H: Tensor
     tokens: int
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
 
     H: Tensor
@@ -61,8 +59,6 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
 
     def add(name: str, layer: nn.Module, args: tuple, named: dict) -> None:
         x = args[0] if args else named["input"]
-        if not x.numel():  # an expert that no token of this batch is sent to
-            return
         if x is not latest[0] or x._version != latest[1]:
             rows = x.detach().reshape(-1, x.shape[-1]).double()
             latest[:] = x, x._version, rows.T @ rows
@@ -78,7 +74,7 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise UsageError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
-    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
+    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items() if tokens[name]}
 
 
 def factorize(H: Tensor, damping: float = 0.01) -> Factor:

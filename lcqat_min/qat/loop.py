@@ -153,13 +153,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
     logits = logits_of(model, ids, mask)
-    ids, text = ids.to(logits.device), slice(None) if mask is None else mask.to(logits.device)
+    ids, mask = ids.to(logits.device), None if mask is None else mask.to(logits.device)
     if teacher is None:
-        pairs = text if mask is None else text[:, 1:] & text[:, :-1]
+        pairs = slice(None) if mask is None else mask[:, 1:] & mask[:, :-1]
         return nn.functional.cross_entropy(logits[:, :-1][pairs].flatten(0, -2).float(), ids[:, 1:][pairs].flatten())
     with torch.no_grad():
         target = logits_of(teacher.eval(), ids, mask).to(logits.device)
-    return distillation_loss(logits[text], target[text])
+    return distillation_loss(logits, target) if mask is None else distillation_loss(logits[mask], target[mask])
 
 
 def _gradients(loss: Tensor, groups: list[dict], limit: float, step: int, accelerator) -> dict[str, float]:
@@ -168,8 +168,7 @@ def _gradients(loss: Tensor, groups: list[dict], limit: float, step: int, accele
     accelerator.unscale_gradients()
     norms = gradient_norms(groups)
     norm = math.hypot(*norms.values())
-    skips = accelerator.scaler is not None  # a loss scaler skips steps that overflow
-    if not math.isfinite(loss.item() if skips else loss.item() + norm):
+    if not math.isfinite(loss.item() if accelerator.scaler else loss.item() + norm):  # a scaler skips what overflows
         raise FloatingPointError(f"the loss is {loss.item()}, the gradient {norm} at step {step}; {_culprit(groups)}")
     nn.utils.clip_grads_with_norm_([p for group in groups for p in group["params"]], limit, torch.tensor(norm))
     return norms

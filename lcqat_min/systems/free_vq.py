@@ -88,12 +88,10 @@ class FreeVQ(Method):
         return replace(self, table=nn.Parameter(book.table.to(W.device), requires_grad=self.learn_codebook))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TableLinear:
-        signs = self.signs(W, generator)
-        prepared = self.prepare(W, H, signs, self.dim)
         assert self.table is not None  # quantize calls start before
-        book = TableCodebook(self.table.detach().to(W.device))
-        coded = prepared.in_weights(self.round(prepared, book).coded)
-        return TableLinear(coded, W.shape[1], bias, signs, self.table)
+        signs, book = self.signs(W, generator), TableCodebook(self.table.detach().to(W.device))
+        rounded = self.round(*self.prepare(W, H, signs, self.dim), book)
+        return TableLinear(rounded.coded, W.shape[1], bias, signs, self.table)
 
 
 @lru_cache(maxsize=4)

@@ -77,11 +77,11 @@ class LSQ(Method):
         self.check("scale", SCALES)
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> StepLinear:
-        signs = self.signs(W, generator)
-        prepared = self.prepare(W, H, signs, 1)
+        signs, grid = self.signs(W, generator), scalar().to(W.device)
+        W_r, factor = self.prepare(W, H, signs, 1)
         if self.scale == "max":
-            steps = (prepared.W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
-            rounded = round_matrix(prepared.W, prepared.factor, scalar().to(W.device), [steps], self.feedback)
+            steps = (W_r.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
+            rounded = round_matrix(W_r, factor, grid, [steps], self.feedback)
         else:
-            rounded = self.round(prepared, scalar().to(W.device))
-        return StepLinear(prepared.in_weights(rounded.coded), W.shape[1], bias, signs, rounded.target)
+            rounded = self.round(W_r, factor, grid)
+        return StepLinear(rounded.coded, W.shape[1], bias, signs, rounded.target)

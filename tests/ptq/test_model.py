@@ -212,9 +212,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_plainly(odd_net, batches):
 def test_the_damping_asked_for_is_the_damping_used():
     H = torch.eye(8, dtype=torch.float64)
     for damping in (0.0, 0.05, 0.3):
-        prepared = method(damping=damping).prepare(torch.ones(2, 8), H, (None, None), 4)
-        assert prepared.factor.damping == damping
-        torch.testing.assert_close(prepared.factor.H, (1 + damping) * H.float())
+        _, factor = method(damping=damping).prepare(torch.ones(2, 8), H, (None, None), 4)
+        assert factor.damping == damping
+        torch.testing.assert_close(factor.H, (1 + damping) * H.float())
 
 
 def test_the_scale_of_a_row_maximum(tiny_llama, batches):
@@ -551,10 +551,10 @@ def test_the_start_of_every_fit_beats_the_scalar_grid():
 
 def test_the_error_of_padding_does_not_count():
     X = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).double()
-    prepared = method(rotate="none").prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), 4)
-    assert prepared.W.shape == (2, 36) and (prepared.W[:, 33:] == 0).all()
-    weights = prepared.factor.H.diagonal()
-    assert prepared.factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
+    W, factor = method(rotate="none").prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), 4)
+    assert W.shape == (2, 36) and (W[:, 33:] == 0).all()
+    weights = factor.H.diagonal()
+    assert factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
 
 
 def test_the_codebook_is_fitted_to_vectors_from_all_columns():
