@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from ..disk.locks import alone
 from ..errors import UsageError
-from ..harness.batches import batches, sample_windows
+from ..harness.batches import batches, longest_window, sample_windows
 from ..harness.evaluate import kl_to
 from ..harness.generate import continue_prompt
 from ..harness.models import BUNDLED, choose_device, load, load_tokenizer, stored_dtype
 from ..harness.results import difference, optional, write_json
 from ..harness.text import load_text, say_if_repeated
-from ..language_model import longest_window
 from ..layer.linear import quant_layers
 from ..packing.files import bits_per_weight, config_of, export_dense, load_packed, save_packed
 from ..packing.layer import PackedLinear

@@ -4,8 +4,6 @@ So at 2 bits per weight a byte holds four weights, the first in the highest bits
 to 7 bits. Both functions are plain torch: to be read, and to check the products with packed codes against.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

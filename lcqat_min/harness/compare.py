@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..language_model import longest_window
 from ..packing.convert import to_storage_precision
 from ..packing.size import bits_per_weight
 from ..ptq.lcqat import LCQAT
@@ -39,7 +38,7 @@ from ..qat.config import TrainConfig
 from ..qat.loop import train
 from ..systems.free_vq import FreeVQ
 from ..systems.lsq import LSQ
-from .batches import batches, sample_windows
+from .batches import batches, longest_window, sample_windows
 from .evaluate import kl_to, perplexity
 from .generate import continue_prompt
 from .text import Splits

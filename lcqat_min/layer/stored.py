@@ -16,8 +16,6 @@ width 256. What fp16 lacks is range: it loses digits below 6e-5 and ends at 6550
 multiplied by a power of two, which is exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -28,9 +26,42 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import pack_bits, unpack_bits
 from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.table import TableCodebook
+from .linear import QuantLinear
 
 FP16_NORMAL = 2.0**-14, 65504.0  # the range in which fp16 has all of its 11 bits
 SMALLEST = 2.0**-24  # above zero, in fp16
+
+
+def tensors_of(layer: QuantLinear) -> dict[str, Tensor]:
+    """The tensors of `layer` as a file keeps them, without the bias. ValueError for a number that fp16 cannot hold."""
+    book = layer.codebook()
+    tensors = {"weight": pack_bits(layer.indices(), book.bits)}
+    tensors |= halves_of(layer.row_scale, {"col_scale": layer.col_scale, **book.tensors()})
+    signs = {"signs_in": layer.signs_in, "signs_out": layer.signs_out}
+    return tensors | {key: pack_signs(value) for key, value in signs.items() if value is not None}
+
+
+def layer_from(
+    kind: type[QuantLinear], stored: Mapping[str, Tensor], inputs: int, bias: Tensor | None, levels: int = 2, **settings
+) -> QuantLinear:
+    """The layer of these tensors, in training again: it starts on its codes. settings: what its `settings` gave."""
+    book = codebook_from(stored, levels)
+    index = unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim))
+    s_in = unpack_signs(stored["signs_in"], inputs) if "signs_in" in stored else None
+    s_out = unpack_signs(stored["signs_out"], len(index)) if "signs_out" in stored else None
+    layer = kind(CodedMatrix(book, index, row_scale_of(stored)), inputs, bias, (s_in, s_out), **settings)
+    layer.col_scale.data.copy_(stored["col_scale"])
+    return layer
+
+
+@torch.no_grad()
+def round_to_storage(layer: QuantLinear) -> None:
+    """Round scales and codebook in place to the numbers that a file keeps. The codes stay the same."""
+    numbers = {name: getattr(layer, name) for name in ("col_scale", *layer.learned)}
+    halves = halves_of(layer.row_scale, numbers)
+    layer.set_row_scale(row_scale_of(halves))
+    for name, value in numbers.items():
+        value.copy_(halves[name])
 
 
 def halves_of(row_scale: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,21 +102,9 @@ def unpack_signs(packed: Tensor, width: int) -> Tensor:
     return 2.0 * unpack_bits(packed[None], 1, width)[0].float() - 1
 
 
-def signs_of(stored: Mapping[str, Tensor], inputs: int) -> tuple[Tensor | None, Tensor | None]:
-    """s_in and s_out of a stored layer."""
-    widths = {"signs_in": inputs, "signs_out": len(stored["weight"])}
-    s_in, s_out = (unpack_signs(stored[key], width) if key in stored else None for key, width in widths.items())
-    return s_in, s_out
-
-
-def coded_matrix_of(stored: Mapping[str, Tensor], inputs: int) -> CodedMatrix:
-    """The codebook, the indices and the row scales of a stored layer."""
-    book = codebook_from(stored)
-    return CodedMatrix(book, unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim)), row_scale_of(stored))
-
-
-def codebook_from(stored: Mapping[str, Tensor]) -> Codebook:
-    """The codebook of a stored layer, in fp32: planes, or a table."""
+def codebook_from(stored: Mapping[str, Tensor], levels: int = 2) -> Codebook:
+    """The codebook of a stored layer, in fp32: a table, or planes, in digits of 2 or 4 levels."""
     if "table" in stored:
         return TableCodebook(stored["table"].float())
-    return AffineCodebook(stored["A"].float(), stored["b"].float(), levels=2)
+    A, b = stored["A"].float(), stored["b"].float()
+    return AffineCodebook(A, b, 2) if levels == 2 else AffineCodebook(A[:, ::2].contiguous(), b, 4)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..layer.linear import QuantLinear, quant_layers
+from ..layer.stored import layer_from, round_to_storage, tensors_of
 from ..systems import layer_of
 from .layer import PackedLinear, PackedSpec, share_codebooks
 
@@ -57,9 +58,10 @@ def unpack_layers(layers: dict[str, PackedLinear]) -> dict[str, QuantLinear]:
     made = {}
     for name, layer in layers.items():
         kind, spec = layer_of(layer.spec.method), layer.spec
-        made[name] = kind.from_stored(layer.stored(), spec.inputs, layer.bias, **spec.settings)
+        made[name] = layer_from(kind, layer.stored(), spec.inputs, layer.bias, **spec.settings)
         if spec.owner in made:
-            made[name].share_codebook(made[spec.owner])
+            for key in kind.learned:
+                setattr(made[name], key, getattr(made[spec.owner], key))
     return made
 
 
@@ -72,7 +74,7 @@ def to_storage_precision(model: nn.Module) -> None:
     for name, layer in quant_layers(model):
         _stored(layer, name)
     for _, layer in quant_layers(model):
-        layer.to_storage_precision()
+        round_to_storage(layer)
 
 
 def _spec(layer: QuantLinear, owner: str) -> PackedSpec:
@@ -85,7 +87,7 @@ def _spec(layer: QuantLinear, owner: str) -> PackedSpec:
 
 def _stored(layer: QuantLinear, name: str) -> dict[str, torch.Tensor]:
     try:
-        return layer.stored()
+        return tensors_of(layer)
     except ValueError as error:
         raise UsageError(f"layer {name!r}: {error}") from error
 

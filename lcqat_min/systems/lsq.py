@@ -13,8 +13,6 @@ of a row (`scale="max"`); a start with error feedback at the best of a few steps
 Limits: one step per row and no rotation by default, as published.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +24,6 @@ from ..codebook.matrix import CodedMatrix
 from ..layer.linear import QuantLinear, Signs, starting_latents
 from ..layer.surrogate import round_to_levels
 from ..ptq.ldlq import SMALLEST_SCALE, round_matrix
-from ..ptq.matrix import round_layer
 from ..ptq.method import Method
 
 SCALES = ("search", "max")
@@ -59,11 +56,11 @@ class StepLinear(QuantLinear):
         return super().units() | {"latent": ("latents", self.row_scale.detach().mean().item())}
 
     @torch.no_grad()
-    def to_storage_precision(self) -> None:
+    def set_row_scale(self, scale: Tensor) -> None:
         """As in QuantLinear; the latents are scaled along with the steps, so that they round to the same codes."""
-        index, old = self.indices(), self.row_scale.clone()
-        super().to_storage_precision()
-        self.latent.mul_((self.row_scale / old)[:, None])
+        index = self.indices()
+        self.latent.mul_((scale / self.row_scale)[:, None])
+        super().set_row_scale(scale)
         on_code = self.codebook().decode(index).flatten(1) * self.row_scale[:, None]
         self.latent.copy_(torch.where(self.indices() == index, self.latent, on_code))
 
@@ -80,11 +77,11 @@ class LSQ(Method):
         self.check("scale", SCALES)
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> StepLinear:
-        signs = self.signs(W, generator)
-        prepared = self.prepare(W, H, signs, 1)
+        signs, grid = self.signs(W, generator), scalar().to(W.device)
+        W_r, factor = self.prepare(W, H, signs, 1)
         if self.scale == "max":
-            steps = (prepared.W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
-            rounded = round_matrix(prepared.W, prepared.factor, scalar().to(W.device), [steps], self.feedback)
+            steps = (W_r.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
+            rounded = round_matrix(W_r, factor, grid, [steps], self.feedback)
         else:
-            rounded = round_layer(prepared, scalar().to(W.device), self.feedback, self.refits)
-        return StepLinear(prepared.in_weights(rounded.coded), W.shape[1], bias, signs, rounded.target)
+            rounded = self.round(W_r, factor, grid)
+        return StepLinear(rounded.coded, W.shape[1], bias, signs, rounded.target)
