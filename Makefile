@@ -24,7 +24,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test coverage anywhere bench figures notebooks slides lint lab lock clean
+.PHONY: help setup compare test anywhere bench figures notebooks slides lint lab lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,16 +44,13 @@ $(READY): pyproject.toml constraints.txt
 compare: $(READY)  ## quantize the bundled model to 2 bits by every method and print one table
 	$(PY) -m lcqat_min compare $(ARGS)
 
-test: $(READY)  ## run the unit tests, then every notebook
-	$(PY) -m pytest -n 2 --dist loadfile
-	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=300 notebooks
-
-coverage: $(READY)  ## run the unit tests and list the lines that none of them reaches
+test: $(READY)  ## run the unit tests, list the lines that none of them reaches, then run every notebook
 	$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -n 2 --dist loadfile
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
+	$(QUIET) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=300 notebooks
 
 anywhere: $(READY)  ## run the tests as on other machines: instruction sets, threads, text, versions (an hour)
 	$(PY) scripts/anywhere.py $(ARGS)
@@ -71,8 +68,10 @@ notebooks: $(READY)  ## run the notebooks from top to bottom and store their out
 slides: $(READY)  ## HTML slides of the notebooks, in runs/slides/
 	$(PY) scripts/notebooks.py --slides
 
-lint: $(READY)  ## check the style
+lint: $(READY)  ## check style, layout and types
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 lab: $(READY)  ## open the notebooks
 	TQDM_DISABLE=1 $(PY) -m jupyter lab notebooks

@@ -28,4 +28,4 @@ from .qat.config import TrainConfig  # noqa: E402
 from .qat.loop import train  # noqa: E402
 
 __all__ = ["LCQAT", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,6 @@
-"""What a language model reads: its vocabulary and window, where its inputs go, batches of tokens, and padding.
+"""What a language model reads: its vocabulary, where its inputs go, batches of tokens, and padding.
 
-All of this is asked here, because the obvious answers are wrong for some models. Models of text and images keep the
+All of this is decided here, because the obvious answers are wrong for some models. Models of text and images keep the
 numbers of their language model in a configuration inside the configuration. Embeddings may have more rows than the
 configuration says. Weights that accelerate keeps on disk are on the device "meta", while the model computes elsewhere.
 
@@ -9,42 +9,34 @@ padded to one length, `attention_mask`, both [B, T]. Padding counts nowhere. A m
 
     model(input_ids=ids, use_cache=False).logits                 [B, T, vocabulary]
 
-Limits: a model whose configuration has none of the usual names for its window counts as one without a limit.
+Limits: of what may be padding without a mask, only long runs of a padding token of its own are noticed.
 """
-
-from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
 
-CALL = "model(input_ids=ids, use_cache=False).logits, ids [B, T], logits [B, T, vocabulary]"
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
-IGNORED = -100  # the label of a position that is not scored: never a token id, and what cross_entropy leaves out
+WRAP = "wrap it in a module that is called as model(input_ids=ids [B, T], use_cache=False).logits [B, T, vocabulary]"
 
-Batch = Tensor | Mapping[str, Tensor]
+Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def vocabulary(model: nn.Module) -> int | None:
     """How many tokens the model can read, from the rows of its embeddings or its config; None if neither says."""
-    return getattr(_embeddings(model), "num_embeddings", None) or _positive(text_config(model), ("vocab_size",))
+    return getattr(_embeddings(model), "num_embeddings", None) or getattr(text_config(model), "vocab_size", None)
 
 
-def longest_window(model: nn.Module) -> int | None:
-    """How many positions the model can read, as its config says; None if that does not say."""
-    return _positive(text_config(model), LENGTHS)
-
-
-def text_config(model: nn.Module) -> object:
+def text_config(model: nn.Module) -> Any:
     """The part of the model's config that is about text, or all of it; None if it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     try:
         return config.get_text_config(decoder=True)
     except (AttributeError, ValueError):  # it has one part only, or several about text and does not say which is meant
@@ -72,12 +64,12 @@ def check_model(model: nn.Module) -> None:
     """ValueError for a model that cannot be called as a causal language model."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UsageError(f"{name} has an encoder and a decoder: give a causal language model, {CALL}")
+        raise UsageError(f"{name} has an encoder and a decoder: give a causal language model")
     taken = inspect.signature(model.forward).parameters
     missing = [needed for needed in ("input_ids", "use_cache") if needed not in taken]
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         got = f"takes {', '.join(taken) or 'nothing'}, not {' and '.join(missing)}"
-        raise UsageError(f"the forward of {name} {got}: wrap it in a module that is called as {CALL}")
+        raise UsageError(f"the forward of {name} {got}: {WRAP}")
 
 
 def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tensor | None]:
@@ -88,8 +80,8 @@ def read_batch(batch: Batch, model: nn.Module, what: str) -> tuple[Tensor, Tenso
     """
     ids, mask = (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        remedy = "give batches of token ids, integers [B, T]: for one tensor of windows [n, T] that is windows.split(8)"
-        raise UsageError(f"a {what} batch is {_described(ids if isinstance(ids, Tensor) else batch)}; {remedy}")
+        got = _described(batch if ids is None else ids)
+        raise UsageError(f"a {what} batch is {got}; give batches of token ids, integers [B, T]: windows.split(8)")
     check_tokens(ids, model, f"a {what} batch")
     if mask is None:
         _warn_of_padding(ids, model, what)
@@ -118,7 +110,7 @@ def without_padding(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     return [torch.stack(equal) for equal in rows.values()]
 
 
-def run(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> object:
+def run(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Any:
     """The model's output for token ids [B, T]; mask as from `read_batch`."""
     device = input_device(model)
     masked = {} if mask is None else {"attention_mask": mask.long().to(device)}
@@ -127,12 +119,11 @@ def run(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> object:
 
 def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """The model's logits [B, T, vocabulary] for token ids [B, T]. ValueError where it returns something else."""
-    output = run(model, ids, mask)
+    output, name = run(model, ids, mask), type(model).__name__
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}, no logits"
-        remedy = f"load it by AutoModelForCausalLM, or wrap it in a module that is called as {CALL}"
-        raise UsageError(f"{type(model).__name__} returns {got} for token ids {list(ids.shape)}: {remedy}")
+        raise UsageError(f"{name} returns {got} for token ids {list(ids.shape)}: use AutoModelForCausalLM, or {WRAP}")
     return logits
 
 
@@ -156,10 +147,6 @@ def _embeddings(model: nn.Module) -> nn.Module:
     return embeddings if isinstance(embeddings, nn.Module) else model
 
 
-def _positive(config: object, names: tuple[str, ...]) -> int | None:
-    return next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), None)
-
-
 def _described(x: object) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
@@ -168,7 +155,7 @@ def _warn_of_padding(ids: Tensor, model: nn.Module, what: str) -> None:
     config = text_config(model)
     pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     known = isinstance(pad, int) and pad not in (end if isinstance(end, list) else [end])
-    padding = ids == (pad if known else IGNORED)
-    if ids.shape[1] > 1 and (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
+    padding = ids == pad
+    if known and ids.shape[1] > 1 and (padding[:, :2].all(1) | padding[:, -2:].all(1)).any():
         found = f"a {what} batch has rows that begin or end with the padding token {pad}, which counts as text"
         warnings.warn(f"{found}: give the tokenizer's attention_mask with it", RuntimeWarning, stacklevel=3)

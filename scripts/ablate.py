@@ -22,7 +22,7 @@ from lcqat_min.harness.evaluate import kl_to
 from lcqat_min.harness.models import BUNDLED, choose_device, load
 from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
-from lcqat_min.ptq.model import quant_layers
+from lcqat_min.layer.linear import quant_layers
 from lcqat_min.qat.loop import TrainConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

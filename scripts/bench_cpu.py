@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from lcqat_min import codebook as cb
 from lcqat_min.harness.compare import RECIPES
 from lcqat_min.harness.results import describe, write_json
-from lcqat_min.layer.linear import AffineLinear, Rounded
-from lcqat_min.ptq.ldlq import feedback_round, plain_round, row_scales
-from lcqat_min.ptq.matrix import normal_codebook
+from lcqat_min.layer.linear import AffineLinear
+from lcqat_min.ptq.lcqat import normal_codebook
+from lcqat_min.ptq.ldlq import ldlq_round, plain_round, row_scales
 from lcqat_min.ptq.model import quantize
 from lcqat_min.ptq.moments import factorize
 from lcqat_min.qat.config import TrainConfig
@@ -136,9 +136,7 @@ def feedback(repeats: int) -> dict[str, float]:
     factor = factorize(X.T @ X / len(X))
     scale = row_scales(W, (0.9,))[0]
     return {
-        f"feedback {name}": ratio(
-            lambda book=book: feedback_round(W, scale, book, factor), lambda: W @ factor.H, repeats
-        )
+        f"feedback {name}": ratio(lambda book=book: ldlq_round(W, scale, book, factor), lambda: W @ factor.H, repeats)
         for name, book in books().items()
     }
 
@@ -148,9 +146,7 @@ def layer_of(name: str, size: int, estimator: str = "ste") -> AffineLinear:
     W = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     book, scale = books()[name], torch.ones(size)
     index, target = plain_round(W, scale, book)
-    return AffineLinear(
-        size, size, Rounded(book, index, scale, target, torch.zeros(size)), None, None, None, estimator, True, False
-    )
+    return AffineLinear(cb.CodedMatrix(book, index, scale), size, None, (None, None), target, estimator)
 
 
 def affine(repeats: int, size: int = 512) -> dict[str, float]:

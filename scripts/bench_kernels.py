@@ -7,20 +7,24 @@ On a GPU each time is the median over replays of a CUDA graph of calls. Consecut
 weight, together more than twice the second-level cache, or a small weight would be read from there. In each row:
 
     bf16          torch.matmul with the dense bf16 weight
-    fused         codes times activations: the fold and the fused kernel and the sum over splits (kernels.launch_fused)
+    fused         packed codes times activations: the fold and the fused kernel and the sum over splits (launch_fused)
     decoded       the dequantize kernel, then torch.matmul
-    packed        kernels.packed_linear as a model calls it: rotations and scales around whichever it chose
+    packed        as a model calls it: kernels.product with rotations and scales around whichever way it chose
     error         of fused against fp64 on the decoded weight, relative: the first run on a new GPU is a test as well
-    copy          decoded bytes a second over those of a plain copy in this run (codes read and weight written)
+    copy          decoded bytes per second over those of a plain copy in this run (codes read and weight written)
 
 Rows where the packed product loses are kept. On a CPU the ratio is CPU time of one thread (time.process_time) over
 that of F.linear with dense fp32 weights, in turns, median; without rotations and scales. Here, too, consecutive calls
-use different weights, as the layers of a model do: all packed ones, then all dense ones.
+use different weights, as the layers of a model do: all packed ones, then all dense ones. "generation" is CPU time of
+the packed bundled model over that of the dense one, for NEW_TOKENS tokens with a cache.
+
+Every affine codebook is multiplied as planes, so tied planes and scalar grids take the time of untied planes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -34,27 +38,25 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lcqat_min import kernels  # noqa: E402
-from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, lattice, random_planes  # noqa: E402
+from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, random_planes  # noqa: E402
 from lcqat_min.harness.results import describe, write_json  # noqa: E402
-from lcqat_min.kernels import decode as cpu  # noqa: E402
-from lcqat_min.kernels import fold as folded  # noqa: E402
-from lcqat_min.layer.rotation import random_signs  # noqa: E402
+from lcqat_min.kernels.decode import byte_table, decode  # noqa: E402
+from lcqat_min.kernels.product import FEW_ROWS, dequantize, fused, looked_up, product  # noqa: E402
+from lcqat_min.layer.rotation import random_signs, rotate, unrotate  # noqa: E402
 
 SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
 BATCHES = (1, 4, 16, 64)
-LAYERS, NEW_TOKENS = 8, 64  # of the whole model: Llama-2-7B's layers, fewer of them
+LAYERS, NEW_TOKENS = 8, 64  # of the whole model on a GPU: Llama-2-7B's layers, fewer of them; tokens generated
 CPU_CODES = 8 << 20  # bytes of codes of all layers together: more than a second-level cache
-CPU_BARS = {("eager", 1): 2.0, ("eager", 256): 1.3, ("compiled", 1): 0.5}  # at 2048 x 2048
+os.environ["LCQAT_STRICT"] = "1"  # a way that fails must not be timed as another
 
 
 def books() -> dict[str, Codebook]:
     """Random codebooks of each form; times do not depend on the numbers in them."""
     generator = torch.Generator().manual_seed(0)
     return {
-        "tied planes d=4": lattice(4, 0.8),
-        "untied planes d=4": random_planes(4, generator),
-        "untied planes d=8": random_planes(8, generator),
+        "planes d=4": random_planes(4, generator),
+        "planes d=8": random_planes(8, generator),
         "table d=4": TableCodebook(torch.randn(256, 4, generator=generator)),
     }
 
@@ -90,7 +92,7 @@ def copies(bytes_each: int) -> int:
 
 
 def copy_speed() -> float:
-    """Bytes a second, read and written, of copying 1 GiB."""
+    """Bytes per second, read and written, of copying 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds([lambda: target.copy_(source)])
@@ -98,10 +100,8 @@ def copy_speed() -> float:
 
 def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
-    table, scale = cpu.byte_table(lattice(4, 0.8).to("cuda")), torch.ones(rows, device="cuda")
-    took = seconds(
-        [partial(kernels.launch_dequantize, codes, table, scale, columns, torch.bfloat16) for codes in weights]
-    )
+    table = byte_table(books()["table d=4"].to("cuda")).bfloat16()
+    took = seconds([partial(looked_up, codes, table, columns) for codes in weights])
     return {
         "what": "dequantize",
         "out": rows,
@@ -113,53 +113,50 @@ def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
 
 def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook) -> dict:
     """One row: the same product four ways, in microseconds, and the error of the fused one."""
-    book, affine = book.to("cuda"), isinstance(book, AffineCodebook)
+    book = book.to("cuda")
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-    scale = torch.rand(rows, device="cuda") + 0.5
-    signs = [random_signs(n, torch.Generator()).cuda() for n in (columns, rows)]
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
-    parts = x.float().split(kernels.FUSED_ROWS)
-    D = cpu.decode(weights[0], book, columns)
+    D = decode(weights[0], book, columns)
     row = {"what": "product", "codebook": name, "out": rows, "in": columns, "batch": batch}
-    if affine:
-        expected = x.double() @ D.double().T
-        y = torch.cat([kernels.launch_fused(part, weights[0], book, 2) for part in parts])
+    if (planes := book.as_planes()) is not None:
+        parts, expected = x.float().split(FEW_ROWS), x.double() @ D.double().T
+        y = all_fused(parts, weights[0], planes)
         row["error"] = ((y - expected).norm() / expected.norm()).item()
-        row["fused"] = 1e6 * seconds([partial(fused, parts, codes, book) for codes in weights])
-    row["decoded"] = 1e6 * seconds([partial(decoded, x, codes, book, scale) for codes in weights])
-    row["packed"] = 1e6 * seconds(
-        [partial(kernels.packed_linear, x, codes, book, scale, None, None, *signs) for codes in weights]
-    )
+        row["fused"] = 1e6 * seconds([partial(all_fused, parts, codes, planes) for codes in weights])
+    row["decoded"] = 1e6 * seconds([partial(decoded, x, codes, book) for codes in weights])
+    row["packed"] = 1e6 * seconds([partial(Packed(codes, columns, book), x) for codes in weights])
     dense = [D.bfloat16() for _ in range(min(len(weights), copies(2 * rows * columns)))]
     row["bf16"] = 1e6 * seconds([partial(torch.matmul, x, W.T) for W in dense])
     return row
 
 
-def fused(parts: tuple[Tensor, ...], codes: Tensor, book: AffineCodebook) -> Tensor:
-    return torch.cat([kernels.launch_fused(part, codes, book, 2) for part in parts])
+def all_fused(parts: tuple[Tensor, ...], codes: Tensor, planes: AffineCodebook) -> Tensor:
+    return torch.cat([fused(part, codes, planes, torch.bfloat16) for part in parts])
 
 
-def decoded(x: Tensor, codes: Tensor, book: Codebook, scale: Tensor) -> Tensor:
-    return x @ kernels.dequantize(codes, book, scale, x.shape[1], x.dtype).T
+def decoded(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
+    return x @ dequantize(codes, book, x.shape[1], x.dtype).T
 
 
 class Packed(nn.Module):
-    """A linear layer of random codes, rotated on both sides."""
+    """A linear layer of given codes, rotated on both sides, as packing/layer.py computes it."""
 
-    def __init__(self, layer: nn.Linear, book: Codebook):
+    def __init__(self, codes: Tensor, columns: int, book: Codebook):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.codes, self.book = random_codes(*layer.weight.shape, "cuda"), book.to("cuda")
-        self.scale = torch.full((layer.out_features,), 0.02, device="cuda")
-        self.signs = [random_signs(n, generator).cuda() for n in (layer.in_features, layer.out_features)]
+        self.codes, self.book = codes, book.to(codes.device)
+        self.scale = torch.full((len(codes),), 0.02, device=codes.device)
+        self.s_in, self.s_out = (random_signs(n, generator).to(codes.device) for n in (columns, len(codes)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.packed_linear(x, self.codes, self.book, self.scale, None, None, *self.signs)
+        h = rotate(x.reshape(-1, x.shape[-1]).float(), self.s_in)
+        y = unrotate(product(h, self.codes, self.book, x.dtype) * self.scale, self.s_out)
+        return y.to(x.dtype).reshape(*x.shape[:-1], len(self.codes))
 
 
 @torch.inference_mode()
 def bench_model(name: str, book: Codebook | None) -> dict:
-    """Tokens a second of greedy decoding, batch 1, eager, with a cache: what a user sees, launches included."""
+    """Tokens per second of greedy decoding, batch 1, eager, with a cache: what a user sees, launches included."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -170,7 +167,8 @@ def bench_model(name: str, book: Codebook | None) -> dict:
     for parent in list(model.model.modules()) if book is not None else ():
         for child, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(parent, child, Packed(layer, book))
+                out, inputs = layer.weight.shape
+                setattr(parent, child, Packed(random_codes(out, inputs, "cuda"), inputs, book))
     torch.cuda.empty_cache()
     prompt = torch.ones(1, 16, dtype=torch.long, device="cuda")
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
@@ -219,18 +217,17 @@ def on_gpu() -> int:
             "sm": f"{device.major}.{device.minor}",
             "l2_bytes": device.L2_cache_size,
             "triton": triton.__version__,
-            "failed": sorted(cpu._failed),
         }
     )
     write_json(ROOT / "results" / "kernels_gpu.json", {"meta": meta, "rows": rows})
     plot(rows, device.name)
     wrong = [row for row in rows if row.get("error", 0) > 1e-2]
-    print(f"{len(rows)} rows, {len(wrong)} with a wrong product; kernels that failed: {sorted(cpu._failed) or 'none'}")
-    return int(bool(wrong or cpu._failed))
+    print(f"{len(rows)} rows, {len(wrong)} with a wrong product")
+    return int(bool(wrong))
 
 
 def plot(rows: list[dict], device: str) -> None:
-    """Speed over bf16 by batch, one panel a shape, one line a codebook; the line at 1 is bf16 itself."""
+    """Speed over bf16 by batch, one panel per shape, one line per codebook; the line at 1 is bf16 itself."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, -(-len(SHAPES) // 2), figsize=(12, 6), sharex=True, sharey=True)
@@ -267,6 +264,25 @@ def cpu_ratio(calls: list[Callable[[], Tensor]], dense: list[Callable[[], Tensor
     return statistics.median(times[1][1:]) / statistics.median(times[0][1:])
 
 
+def bench_generation(repeats: int) -> float:
+    """CPU time of NEW_TOKENS tokens of the packed bundled model, rounded in a hurry, over that of the dense one."""
+    from lcqat_min import LCQAT, quantize
+    from lcqat_min.harness.models import BUNDLED, load
+    from lcqat_min.packing.convert import pack_layers
+
+    (dense, _), (packed, _) = load(BUNDLED), load(BUNDLED)
+    tokens = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    quantize(packed, [tokens], LCQAT(refits=0))
+    for name, layer in pack_layers(packed).items():
+        packed.set_submodule(name, layer)
+    prompt = tokens[:1, :16]
+    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    settings |= {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    return cpu_ratio(
+        [partial(packed.generate, prompt, **settings)], [partial(dense.generate, prompt, **settings)], repeats
+    )
+
+
 def on_cpu(repeats: int, ways: list[str]) -> int:
     torch.set_num_threads(1)
     batches = {"eager": (1, 4, 16, 256), "compiled": (1, 4)}
@@ -278,34 +294,22 @@ def on_cpu(repeats: int, ways: list[str]) -> int:
         codes = [random_codes(out, inputs) for _ in range(count)]
         for name, book in books().items():
             for way, batch in cases:
-                if way == "compiled" and isinstance(book, TableCodebook):
+                if way == "compiled" and book.as_planes() is None:
                     continue  # nothing to fold, nothing to compile
                 x = torch.randn(batch, inputs)
                 ratio = cpu_ratio(
-                    [partial(cpu.product, x, part, book, way == "compiled") for part in codes],
+                    [partial(product, x, part, book, torch.float32, way == "compiled") for part in codes],
                     [partial(F.linear, x, W) for W in weights],
                     max(3, repeats // (1 + batch // 16)),
                 )
-                bar = CPU_BARS.get((way, batch)) if out == 2048 else None
-                rows.append(
-                    {
-                        "out": out,
-                        "in": inputs,
-                        "codebook": name,
-                        "way": way,
-                        "batch": batch,
-                        "ratio": round(ratio, 3),
-                        "bar": bar,
-                    }
-                )
-                print(
-                    f"{out:>6} x {inputs:<6}{name:<20}{way:<10}{batch:>4} rows of x{ratio:8.2f}"
-                    + (f"   at most {bar}" if bar else ""),
-                    flush=True,
-                )
-    meta = describe({"repeats": repeats, "multiplies_bytes": folded.multiplies_bytes(), "failed": sorted(cpu._failed)})
-    write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "rows": rows})
-    return int(bool(cpu._failed))  # a way that failed was replaced by another, and its rows are not its own
+                row = {"out": out, "in": inputs, "codebook": name, "way": way, "batch": batch, "ratio": round(ratio, 3)}
+                print(f"{out:>6} x {inputs:<6}{name:<14}{way:<10}{batch:>4} rows of x{ratio:8.2f}", flush=True)
+                rows.append(row)
+    generation = round(bench_generation(repeats), 3)
+    print(f"generating {NEW_TOKENS} tokens with the packed bundled model{generation:8.2f}")
+    meta = describe({"repeats": repeats, "new_tokens": NEW_TOKENS})
+    write_json(ROOT / "results" / "packed_cpu.json", {"meta": meta, "generation": generation, "rows": rows})
+    return 0
 
 
 def main() -> int:

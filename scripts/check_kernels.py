@@ -3,7 +3,7 @@
     python scripts/check_kernels.py                  all targets; writes results/kernels_aot.json
     python scripts/check_kernels.py --quick          one GPU, the batch-1 kernels, nothing written (a test runs it)
 
-One line a kernel and target: registers, shared memory, spills, and instructions a weight of the inner loop, counted
+One line per kernel and target: registers, shared memory, spills, and instructions per weight of the inner loop, counted
 in the machine code (SASS) by the disassembler that the triton package brings. A weight's share of a loop is
 
     instructions of the loop * threads / weights that the threads handle in one turn
@@ -154,7 +154,7 @@ def complaint(row: dict) -> str:
     found = [f"{row['spills']} spills"] if row["spills"] else []
     found += [f"more than {SHARED[row['target']]} bytes shared"] if row["shared"] > SHARED[row["target"]] else []
     if row["bar"] and row["instructions_per_weight"] > row["bar"]:
-        found.append(f"more than {row['bar']} instructions a weight")
+        found.append(f"more than {row['bar']} instructions per weight")
     return ", ".join(found)
 
 
@@ -163,7 +163,7 @@ def main() -> int:
     options.add_argument("--quick", action="store_true", help="sm_90 and batch 1 only; write no file")
     args = options.parse_args()
     rows = []
-    print(f"{'kernel':<34}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}  instructions a weight")
+    print(f"{'kernel':<34}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}  instructions per weight")
     for target in ("sm_90",) if args.quick else SHARED:
         for case in cases(target, args.quick):
             rows.append(row := measure(case, target))

@@ -12,7 +12,8 @@ from kinds import method
 from torch import nn
 
 from lcqat_min import TrainConfig, kl_to, perplexity, quantize, train
-from lcqat_min.language_model import input_device, longest_window, read_batch, vocabulary, without_padding
+from lcqat_min.harness.batches import longest_window
+from lcqat_min.language_model import input_device, read_batch, vocabulary, without_padding
 from lcqat_min.layer.linear import quant_layers
 from lcqat_min.ptq.model import linear_layers
 from lcqat_min.ptq.moments import second_moments

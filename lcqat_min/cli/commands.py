@@ -12,11 +12,13 @@ Each function takes the parsed arguments of cli/main.py and prints what it did.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +26,12 @@ from tqdm import tqdm
 
 from ..disk.whole_file import alone
 from ..errors import UsageError
-from ..harness.batches import batches, sample_windows
+from ..harness.batches import batches, longest_window, sample_windows
 from ..harness.evaluate import kl_to
 from ..harness.generate import continue_prompt
 from ..harness.models import BUNDLED, choose_device, load, load_tokenizer, stored_dtype
 from ..harness.results import difference, optional, write_json
 from ..harness.text import load_text, say_if_repeated
-from ..language_model import longest_window
 from ..layer.linear import quant_layers
 from ..packing.files import bits_per_weight, config_of, export_dense, load_packed, save_packed
 from ..packing.layer import PackedLinear
@@ -71,7 +72,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 def method_with(name: str, settings: list[str]) -> Method:
     """The method of this name with settings such as "dim=2". UsageError for one that it does not have."""
-    kind, values = method_of(name), {}
+    kind, values = method_of(name), dict[str, Any]()
     plain = (bool, int, float, str)
     defaults = {field.name: field.default for field in fields(kind) if isinstance(field.default, plain)}
     for setting in settings:
@@ -100,7 +101,7 @@ def run_train(args: argparse.Namespace) -> None:
             print(f"note: the model is {before:.1f} nats per token from {name}. Was it made from another (--teacher)?")
         settings = {"teacher": name, "text": args.text, "tokens": args.tokens, "seed": args.seed}
         checkpoint = args.out.with_name(args.out.name + ".checkpoint.safetensors")
-        begun = _same_run(checkpoint, settings | {"text_digest": text.digest})
+        begun = _same_run(checkpoint, settings | {"text_digest": text.digest, "model": _digest(args.folder)})
         say_if_repeated(text, args.tokens)
         data = batches(text.train, window, BATCH, torch.Generator().manual_seed(args.seed))
         _steps(student, teacher, data, max(1, args.tokens // (window * BATCH)), checkpoint)
@@ -169,6 +170,15 @@ def _check_skip(model: nn.Module, skip: list[str]) -> None:
         )
 
 
+def _digest(folder: Path) -> str:
+    """Which packed model this is, as 16 hex digits of its tensor files."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            hashlib.file_digest(stream, lambda: found)
+    return found.hexdigest()[:16]
+
+
 def _same_run(checkpoint: Path, settings: dict) -> Path:
     """Write the settings of a run beside its checkpoint; UsageError for a checkpoint that was made with others."""
     begun = checkpoint.with_suffix(".json")
@@ -199,11 +209,11 @@ def _say_what_is_left(model: nn.Module) -> None:
     if share > 0.05:
         print(
             f"note: {share:.0%} of the weights, embeddings and head not counted, stay as they are; the largest is "
-            f"{max(left, key=left.get)}. Only linear layers are quantized, and not those that are skipped"
+            f"{max(left, key=left.__getitem__)}. Only linear layers are quantized, and not those that are skipped"
         )
 
 
-def _save_tokenizer(tokenizer: object, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     with optional(f"the model is stored without its tokenizer: tokenizer.save_pretrained({str(folder)!r}) adds that"):
         tokenizer.save_pretrained(folder)
 

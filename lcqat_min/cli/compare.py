@@ -85,7 +85,7 @@ def run_folder(out: Path | None) -> Path:
             continue
         except OSError as error:
             raise UsageError(f"cannot write to {folder} ({error}): choose another --out") from error
-    if (out / "compare.json").is_file():
+    if out is not None and (out / "compare.json").is_file():
         return out
     raise UsageError(f"{out} exists already and holds no run of compare: choose another --out")
 

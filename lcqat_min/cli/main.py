@@ -64,9 +64,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--traceback", action="store_true", help="show the traceback of every error")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, run: str, summary: str, **more: object) -> argparse.ArgumentParser:
+    def add(name: str, run: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
         """run: "module.function" of this folder, imported when it is called, so that `check` needs no package."""
-        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawTextHelpFormatter, **more)
+        command = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawTextHelpFormatter, description=description
+        )
         command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.set_defaults(run=run)
         return command

@@ -30,22 +30,21 @@ Limits: encoding is a search (exact up to 8 bits, by halves above), since A is n
 Scales are not part of a codebook: it serves weights of about unit variance, the layer keeps the scales.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .digits import digits_of
+from .matrix import Codebook
+from .search import Search, nearest_level
 
 FP32 = torch.float32  # whatever the default dtype is
 EXACT_BITS = 8  # up to 256 codewords are searched one by one
 
 
 @dataclass(frozen=True)
-class AffineCodebook:
+class AffineCodebook(Codebook):
     """w_hat = A q + b.  A: fp32 [d, k]; b: fp32 [d]; levels: 2 (bit-planes) or 4 (the paper's lattice)."""
 
     A: Tensor
@@ -71,58 +70,43 @@ class AffineCodebook:
         """How many numbers are learned."""
         return self.A.numel() + self.b.numel()
 
+    def digits(self, index: Tensor) -> Tensor:
+        """Index (integers [...]) -> q, fp32 [..., k]."""
+        return digits_of(index, self.A.shape[1], self.levels)
+
     def decode(self, index: Tensor) -> Tensor:
-        """Index (integers [...]) -> weights, fp32 [..., d]."""
-        return digits_of(index, self.A.shape[1], self.levels) @ self.A.T + self.b
+        """Index (integers [...]) -> A q + b, fp32 [..., d]."""
+        return self.digits(index) @ self.A.T + self.b
 
-    def codewords(self) -> Tensor:
-        """All 2^m codewords in index order, fp32 [2^m, d]."""
-        return self.decode(torch.arange(1 << self.bits, device=self.A.device))
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Nearest codeword: x [N, d] -> int64 index [N]. Exact up to 8 bits, see `searcher`."""
-        return self.searcher(None)(x.T, 0)
-
-    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-        """search(x [d, N], g) -> int64 index [N] of least |M_g^T (x - w_hat)|^2, for metrics M [G, d, d].
-
-        None: plain distance, g = 0. Exact up to 8 bits, with all that does not depend on x prepared once; above,
-        a search by halves whose error is, for fitted planes, 0.2 to 2 % above the exact one.
-        """
-        from .search import nearest, nearest_level  # a layer never searches
-
+    def searcher(self, metrics: Tensor | None) -> Search:
+        """As in Codebook. Exact up to 8 bits; above, a search by halves, 0.2 to 2 % worse for fitted planes."""
         if self.dim == self.A.shape[1] == 1:
             return nearest_level(self.A.item(), self.b.item(), self.levels)
         if self.bits <= EXACT_BITS:
-            return nearest(self.codewords(), metrics)
+            return super().searcher(metrics)
         from .search_by_halves import nearest_by_halves
 
-        search = nearest_by_halves(self.A, self.levels, metrics)
-        return lambda x, g: search(x - self.b[:, None], g)
+        return nearest_by_halves(self.A, self.b, self.levels, metrics)
 
-    def as_planes(self) -> AffineCodebook:
-        """The same codebook, codeword by codeword and index by index, written with digits of two levels."""
-        return self.with_levels(2)
-
-    def with_levels(self, levels: int) -> AffineCodebook:
-        """The same codebook in digits of 2 or 4 levels; from 2 to 4, it must be one that as_planes gave."""
-        if levels == self.levels:
+    def as_planes(self) -> "AffineCodebook":
+        """A digit of four levels is hi + lo / 2, so its column of A becomes two: A and A / 2."""
+        if self.levels == 2:
             return self
-        if levels == 4:
-            return AffineCodebook(self.A[:, ::2].contiguous(), self.b, 4)
         columns = torch.stack([self.A, self.A / 2], dim=2)  # hi0 lo0 hi1 lo1 ...: the bits keep their order
         return AffineCodebook(columns.flatten(1), self.b, 2)
 
-    def solved(self, x: Tensor, index: Tensor) -> AffineCodebook:
+    def solved(self, x: Tensor, index: Tensor) -> "AffineCodebook":
         """The least-squares (A, b) for vectors x [N, d] with these codes; fp64 normal equations, (k + 1) x (k + 1)."""
-        k = self.A.shape[1]
-        q = torch.cat([digits_of(index, k, self.levels), x.new_ones(len(x), 1)], dim=1).double()
-        ridge = 1e-6 * torch.eye(k + 1, dtype=torch.float64, device=x.device)  # a digit may be constant here
-        solution = torch.linalg.solve(q.T @ q + ridge, q.T @ x.double()).T.float()
-        return replace(self, A=solution[:, :k].contiguous(), b=solution[:, k].contiguous())
+        q = nn.functional.pad(self.digits(index), (0, 1), value=1.0).double()
+        normal = q.T @ q + 1e-6 * torch.eye(q.shape[1]).to(q)  # a digit may be constant here
+        return self.with_map(torch.linalg.solve(normal, q.T @ x.double()).T)
 
-    def ahead_of(self, previous: AffineCodebook, momentum: float) -> AffineCodebook:
-        """A moved on by `momentum` times its change since `previous`."""
+    def with_map(self, both: Tensor) -> "AffineCodebook":
+        """The codebook of these levels with [A | b], any dtype, [d, k + 1]."""
+        return replace(self, A=both[:, :-1].float().contiguous(), b=both[:, -1].float().contiguous())
+
+    def ahead_of(self, previous: "AffineCodebook", momentum: float) -> "AffineCodebook":
+        """A changes slowly and in one direction for many rounds; b does not."""
         return replace(self, A=self.A + momentum * (self.A - previous.A))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,7 +114,7 @@ class AffineCodebook:
         planes = self.as_planes()
         return {"A": planes.A, "b": planes.b}
 
-    def to(self, device: torch.device | str) -> AffineCodebook:
+    def to(self, device: torch.device | str) -> "AffineCodebook":
         return replace(self, A=self.A.to(device), b=self.b.to(device))
 
 

@@ -27,8 +27,9 @@ def pack_bits(index: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of pack_bits: uint8 [rows, bytes] -> int64 [rows, count]. bits: at most 16."""
-    if bits == 8:
-        return packed.long()
+    if 8 % bits == 0:  # whole indices in each byte
+        shifts = torch.arange(8 - bits, -1, -bits, device=packed.device)
+        return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(1)[:, :count]
     begin = torch.arange(count, device=packed.device) * bits
     first, offset = begin // 8, begin % 8
     wide = F.pad(packed, (0, 2)).long()  # an index lies within three bytes

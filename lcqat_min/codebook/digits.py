@@ -7,8 +7,6 @@ Digits are big-endian: digit 0 sits in the highest bits. For d = 4 weights at 2 
 digits of two levels, or four of four. Negating every digit maps index i to 2^m - 1 - i.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

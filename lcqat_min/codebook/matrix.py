@@ -1,26 +1,26 @@
-"""A weight matrix in codes: a codebook, one index per vector of weights, one scale per row.
+"""What a codebook is, and a weight matrix in codes: a codebook, one index per vector of weights, one scale per row.
 
     W_hat = scale[:, None] * decode(index)        index [out, n / d], scale [out], W_hat [out, n]
 
-Rounding makes one (ptq/ldlq.py), a layer is built from one (layer/linear.py), and a file holds one (layer/stored.py).
-`Codebook` is what all of them ask of a codebook: to add a kind, write a class with these methods.
+Rounding makes a coded matrix (ptq/ldlq.py), a layer is built from one (layer/linear.py), and a file holds one
+(layer/stored.py). To add a kind of codebook, write a subclass of `Codebook` with the methods that are only declared
+there, and those that it can do better.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from .search import Search, nearest
+
 if TYPE_CHECKING:
     from .affine import AffineCodebook
 
 
 class Codebook(Protocol):
-    """dim: d, weights in a vector. bits: m, of an index. The rest is described at AffineCodebook."""
+    """2^m vectors of d weights: `dim` is d, and `bits` is m, the bits of an index."""
 
     @property
     def dim(self) -> int: ...
@@ -28,14 +28,38 @@ class Codebook(Protocol):
     def bits(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
-    def decode(self, index: Tensor) -> Tensor: ...
-    def codewords(self) -> Tensor: ...
-    def encode(self, x: Tensor) -> Tensor: ...
-    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]: ...
-    def as_planes(self) -> AffineCodebook | None: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def solved(self, x: Tensor, index: Tensor) -> Self: ...
-    def ahead_of(self, previous: Self, momentum: float) -> Self: ...
+
+    def decode(self, index: Tensor) -> Tensor:
+        """Index (integers [...]) -> weights, fp32 [..., d]."""
+
+    def solved(self, x: Tensor, index: Tensor) -> Self:
+        """The codebook that fits vectors x [N, d] with these indices [N] best: half a round of codebook/lloyd.py."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores."""
+
+    def ahead_of(self, previous: Self, momentum: float) -> Self:
+        """The codebook moved on by `momentum` times its change since `previous`; itself where that does not pay."""
+        return self
+
+    def as_planes(self) -> "AffineCodebook | None":
+        """The same codebook, index by index, as an affine map of digits of two levels; None where there is none."""
+        return None
+
+    def codewords(self) -> Tensor:
+        """All 2^m codewords in index order, fp32 [2^m, d]."""
+        return self.decode(torch.arange(1 << self.bits, device=self.device))
+
+    def searcher(self, metrics: Tensor | None) -> Search:
+        """search(x [d, N], g) -> int64 index [N] of the least |M_g^T (x - w_hat)|^2, for metrics M [G, d, d].
+
+        None: plain distance, g = 0. All that does not depend on x is prepared once.
+        """
+        return nearest(self.codewords(), metrics)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Nearest codeword: x [N, d] -> int64 index [N]. As exact as `searcher`."""
+        return self.searcher(None)(x.T, 0)
 
 
 B = TypeVar("B", bound=Codebook)

@@ -18,8 +18,6 @@ x fp32 [d, N] -> index int64 [N].
 Limits: memory and time grow with the number of codewords, 2^bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -49,14 +47,16 @@ def nearest(words: Tensor, metrics: Tensor | None) -> Search:
 
     def search(x: Tensor, g: int) -> Tensor:
         lifted = torch.cat([x.detach(), x.new_ones(1, x.shape[1])]).T
-        found = []
-        for part in lifted.split(at_once(len(words), words.device)):
-            scores = part @ scorers[g]
-            on_cpu = NUMPY and scores.device.type == "cpu"
-            found.append(torch.as_tensor((scores.numpy() if on_cpu else scores).argmax(1)))
-        return torch.cat(found)
+        parts = lifted.split(at_once(len(words), words.device))
+        return torch.cat([_largest(part @ scorers[g]) for part in parts])
 
     return search
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Where each row of fp32 [N, K] has its largest number, int64 [N]."""
+    on_cpu = NUMPY and scores.device.type == "cpu"
+    return torch.as_tensor((scores.numpy() if on_cpu else scores).argmax(1))
 
 
 def at_once(scores: int, device: torch.device) -> int:

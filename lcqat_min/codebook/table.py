@@ -4,18 +4,17 @@ It is free to be any set of vectors, so no other codebook of its size fits bette
 index has no digits that could be trained, and it stores 2^m d numbers (k-means, LBG; what AQLM and GPTVQ store).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .matrix import Codebook
+
 
 @dataclass(frozen=True)
-class TableCodebook:
-    """w_hat = table[index].  table: fp32 [2^m, d]."""
+class TableCodebook(Codebook):
+    """w_hat = table[index].  table: fp32 [2^m, d]. The search is exact; there is no linear form."""
 
     table: Tensor
 
@@ -25,13 +24,14 @@ class TableCodebook:
         return self.table.shape[1]
 
     @property
-    def device(self) -> torch.device:
-        return self.table.device
-
-    @property
     def bits(self) -> int:
         """m, bits of an index."""
         return int(self.table.shape[0]).bit_length() - 1  # no int in torch.jit.trace
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.table.device
 
     def numbers(self) -> int:
         """How many numbers are learned."""
@@ -45,20 +45,7 @@ class TableCodebook:
         """All 2^m codewords, fp32 [2^m, d]."""
         return self.table
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Nearest codeword, exact: x [N, d] -> int64 index [N]."""
-        return self.searcher(None)(x.T, 0)
-
-    def searcher(self, metrics: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-        """As in AffineCodebook.searcher, exact."""
-        from .search import nearest
-
-        return nearest(self.table, metrics)
-
-    def as_planes(self) -> None:
-        """None: no linear form."""
-
-    def solved(self, x: Tensor, index: Tensor) -> TableCodebook:
+    def solved(self, x: Tensor, index: Tensor) -> "TableCodebook":
         """The mean of each cell of the vectors x [N, d]; empty cells move to the vectors with the largest errors."""
         size = len(self.table)
         count = torch.bincount(index, minlength=size)
@@ -71,15 +58,11 @@ class TableCodebook:
             table[empty[: len(worst)]] = x[worst]
         return TableCodebook(table)
 
-    def ahead_of(self, previous: TableCodebook, momentum: float) -> TableCodebook:
-        """Itself: cells do not move in one direction for long."""
-        return self
-
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: the table."""
         return {"table": self.table}
 
-    def to(self, device: torch.device | str) -> TableCodebook:
+    def to(self, device: torch.device | str) -> "TableCodebook":
         return TableCodebook(self.table.to(device))
 
 

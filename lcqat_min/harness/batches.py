@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import LongTensor
+from torch import LongTensor, nn
 
 from ..errors import UsageError
+from ..language_model import text_config
+
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
+
+
+def longest_window(model: nn.Module) -> int | None:
+    """How many positions the model can read; None if its config has none of the usual names for that."""
+    lengths = [getattr(text_config(model), name, None) for name in LENGTHS]
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def windows(ids: LongTensor, window: int) -> LongTensor:

@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..language_model import longest_window
 from ..packing.convert import to_storage_precision
 from ..packing.size import bits_per_weight
 from ..ptq.lcqat import LCQAT
@@ -38,7 +38,7 @@ from ..qat.config import TrainConfig
 from ..qat.loop import train
 from ..systems.free_vq import FreeVQ
 from ..systems.lsq import LSQ
-from .batches import batches, sample_windows
+from .batches import batches, longest_window, sample_windows
 from .evaluate import kl_to, perplexity
 from .generate import continue_prompt
 from .text import Splits
@@ -55,7 +55,7 @@ class Recipe:
     name: str
     what: str
     quant: Method | None
-    rates: dict[str, float] | None = None
+    rates: dict[str, Any] | None = None
     teacher: bool = True
 
 
@@ -125,7 +125,7 @@ class Experiment:
     """What all methods share: the unquantized model, the text and the budget."""
 
     teacher: nn.Module
-    tokenizer: object
+    tokenizer: Any
     text: Splits
     budget: Budget
     device: torch.device

@@ -25,6 +25,7 @@ PACKAGES = tuple(
     "huggingface_hub accelerate pyarrow mpmath PIL fontTools setuptools pydantic IPython jedi jinja2 "
     "hypothesis rich requests fsspec".split()
 )
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MIN_CHARS = 100  # a docstring shorter than this is a label, not a text
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "_vendor"}
 
@@ -34,7 +35,7 @@ def docstrings_of(source: bytes | str) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in the source
-            todo: list[ast.AST] = [ast.parse(source)]
+            todo: list[Documented] = [ast.parse(source)]
     except (SyntaxError, ValueError, RecursionError):
         return []
     found = []

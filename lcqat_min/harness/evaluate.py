@@ -41,9 +41,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..language_model import IGNORED, check_model, check_tokens, keep_modes, logits_of
+from ..language_model import check_model, check_tokens, keep_modes, logits_of
 
 SLICE_ELEMENTS = 2**24  # logits upcast at a time: 64 MiB in float32
+IGNORED = -100  # the label of a position that is not scored: never a token id, and what cross_entropy leaves out
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..language_model import check_tokens, input_device, longest_window
+from ..language_model import check_tokens, input_device
+from .batches import longest_window
 
 
 def encode_prompt(model: nn.Module, tokenizer, prompt: str) -> Tensor:

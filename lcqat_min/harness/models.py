@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+def load(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """Model (fp32, eval mode, on `device`) and tokenizer of a folder or a hub name; UsageError where that fails."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +72,7 @@ def stored_dtype(name: str | Path) -> torch.dtype:
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False).dtype or torch.float32
 
 
-def load_tokenizer(folder: str | Path) -> object:
+def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder or a hub name; UsageError where there is none."""
     from transformers import AutoTokenizer
 

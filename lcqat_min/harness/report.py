@@ -6,8 +6,10 @@ its table between two marks, written by `renew_readme`; a test compares the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..disk.whole_file import whole_file
 from ..errors import UsageError
@@ -15,7 +17,7 @@ from .results import difference
 
 START, END = "<!-- compare: table -->", "<!-- compare: end -->"
 GREY, BLUE = "#9aa5b1", "#1b6ca8"  # they differ when printed in grey, too
-DOTS = {
+DOTS: dict[str, dict[str, Any]] = {
     "kl_ptq": {"mfc": "white", "mec": GREY, "mew": 2, "label": "after rounding (PTQ)"},
     "kl_qat": {"mfc": BLUE, "mec": BLUE, "mew": 2, "label": "after training (QAT)"},
 }
@@ -78,7 +80,7 @@ def beside(new: dict, committed: dict | None) -> str:
     """The figures of a run for the terminal, beside committed ones of the same model, text, budget and recipe."""
     now, then = new["meta"]["config"], (committed or new)["meta"]["config"]
     why = "there are none here" if committed is None else difference(_shared(then), _shared(now))
-    old = {} if why else by_method(committed["rows"])
+    old = {} if why or committed is None else by_method(committed["rows"])
     line = "{:<15}{:>6}{:>9}  {:<26}{:>9}  {:<26}{:>11}{:>9}".format
     lines = [line("method", "bits", "KL, PTQ", "committed", "KL, QAT", "committed", "perplexity", "seconds")]
     for method, rows in by_method(new["rows"]).items():
@@ -87,7 +89,7 @@ def beside(new: dict, committed: dict | None) -> str:
         for key in DOTS:
             ours = spread(rows, key)
             cells += [f"{ours[0]:.4f}" if ours else "-", cell(theirs, key, ".4f")]
-        last = spread(rows, "ppl_qat") or spread(rows, "ppl_ptq")
+        last = spread(rows, "ppl_qat") or spread(rows, "ppl_ptq") or (math.nan,) * 3
         seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for row in rows) / len(rows)
         lines.append(line(*cells, f"{last[0]:.2f}", f"{seconds:.0f}"))
     if why:
@@ -112,13 +114,13 @@ def picture(data: dict, path: Path) -> None:
     fig = Figure(figsize=(8, 0.46 * len(groups) + 1.7), layout="constrained")
     ax = fig.subplots()
     for y, rows in enumerate(reversed(groups.values())):
-        found = {key: spread(rows, key) for key in DOTS if spread(rows, key)}
+        found = {key: seen for key in DOTS if (seen := spread(rows, key))}
         ax.plot([mean for mean, _, _ in found.values()], [y] * len(found), color=BLUE, lw=1.2)
         for key, (mean, low, high) in found.items():
             ax.plot((low, high), (y, y), color=DOTS[key]["mec"], lw=6, alpha=0.45, solid_capstyle="butt")
             ax.plot(mean, y, "o", ms=8, **DOTS[key])
-        last = {"xy": (mean, y), "xytext": (-9, 0), "textcoords": "offset points"}
-        ax.annotate(f"{mean:.3f}", **last, va="center", ha="right", fontsize=8.5)
+        last: dict[str, Any] = {"textcoords": "offset points", "va": "center", "ha": "right", "fontsize": 8.5}
+        ax.annotate(f"{mean:.3f}", (mean, y), (-9, 0), **last)
     ax.set_yticks(range(len(groups)), reversed(groups), family="monospace")
     ax.set_ylim(-0.7, len(groups) - 0.3)
     _finish(ax)

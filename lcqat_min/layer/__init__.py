@@ -1,9 +1,8 @@
 """The layer: codes -> weight -> y, and the gradients through the rounding."""
 
-from .linear import AffineLinear, QuantLinear, quant_layers, starting_latents
+from .linear import AffineLinear, QuantLinear, in_units, quant_layers, root_mean_square, starting_latents
 from .rotation import block_of, hadamard, mix, random_signs, rotate, unrotate
 from .surrogate import ESTIMATORS, round_to_levels, sign_of, slope
-from .units import in_units, root_mean_square
 
 __all__ = [
     "AffineLinear",

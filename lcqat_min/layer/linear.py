@@ -23,8 +23,7 @@ default, since "high" and "medium" round the weight as well.
 Limits: each forward pass writes the dense weight. Inference from packed codes does not need that (packing/layer.py).
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterator
 
 import torch
@@ -32,18 +31,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
-from ..codebook.digits import digits_of, index_of
-from ..codebook.matrix import Codebook, CodedMatrix
+from ..codebook.digits import index_of
+from ..codebook.matrix import CodedMatrix
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
-from .units import root_mean_square
 
 Signs = tuple[Tensor | None, Tensor | None]  # s_in fp32 [in], s_out fp32 [out]; None: that side is not rotated
 MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundary, so that rounding it is safe
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias and the forward pass. A subclass gives the methods that raise here.
+    """Scales, rotation, bias and the forward pass. A kind of layer is a subclass of it, which also has
+
+        decoded()     D, fp32 [out, in padded to whole vectors], with gradient: weights in the basis of the codes
+        indices()     the codebook index of every vector as the forward pass uses it, int64 [out, vectors]
+        codebook()    what the indices stand for: a Codebook in fp32, without gradient
 
     coded: the codes and scales to start from. in_features: may be less than the columns of codes, which are padded.
     signs: of the rotation, for the inputs and the outputs.
@@ -62,18 +64,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("signs_in", signs[0])
         self.register_buffer("signs_out", signs[1])
 
-    def decoded(self) -> Tensor:
-        """D: weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors], with gradient."""
-        raise NotImplementedError
-
-    def indices(self) -> Tensor:
-        """The codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
-        raise NotImplementedError
-
-    def codebook(self) -> Codebook:
-        """What the indices stand for, in fp32, without gradient."""
-        raise NotImplementedError
-
     def settings(self) -> dict[str, object]:
         """Arguments that bring the layer back from a file, besides tensors, as plain JSON values."""
         return {}
@@ -85,16 +75,12 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W_hat, fp32 [out, in], with gradient."""
-        if self.row_scale.dtype != torch.float32:
-            dtype = self.row_scale.dtype
+        if (dtype := self.row_scale.dtype) != torch.float32:
             raise TypeError(f"a quantized layer trains in float32, not {dtype}; for speed use torch.autocast instead")
         with torch.autocast(self.row_scale.device.type, enabled=False):
             W = self.decoded()[:, : self.in_features] * self.row_scale[:, None]
-            if self.signs_out is not None:
-                W = unrotate(W.T, self.signs_out).T
-            if self.signs_in is not None:
-                return mix(W) * (self.signs_in * self.col_scale)
-            return W * self.col_scale
+            W = W if self.signs_out is None else unrotate(W.T, self.signs_out).T
+            return W * self.col_scale if self.signs_in is None else mix(W) * (self.signs_in * self.col_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x, or of autocast where that is on."""
@@ -141,13 +127,13 @@ class AffineLinear(QuantLinear):
         if self.levels == 2:
             q = sign_of(self.latent, self.estimator)
         else:
-            top = self.levels - 1
-            q = round_to_levels(self.latent, top, self.estimator) - top / 2
+            q = round_to_levels(self.latent, 3, self.estimator) - 1.5
         return q.view(self.out_features, -1, self.A.shape[1])
 
     def decoded(self) -> Tensor:
         q = self.digits()
-        return (q * self.A + self.b).flatten(1) if self.A.numel() == 1 else (q @ self.A.T + self.b).flatten(1)
+        D = q * self.A if self.A.numel() == 1 else q @ self.A.T  # a grid needs no product of matrices
+        return (D + self.b).flatten(1)
 
     @torch.no_grad()
     def indices(self) -> Tensor:
@@ -176,16 +162,31 @@ def starting_latents(coded: CodedMatrix[AffineCodebook], target: Tensor | None =
     Both only as far as the bin reaches: v stays inside, so that it rounds to its code.
     """
     book = coded.codebook
-    q = digits_of(coded.index, book.A.shape[1], book.levels)
-    centre = 0.0 if book.levels == 2 else (book.levels - 1) / 2
+    centre, limit = (0.0, 1 - MARGIN) if book.levels == 2 else (1.5, (1 - MARGIN) / 2)  # half a bin
+    v = book.digits(coded.index) + centre
     if target is None:
-        return q + centre
-    half_bin = (1.0 if book.levels == 2 else 0.5) * (1 - MARGIN)
+        return v
     e = target.view(*coded.index.shape, book.dim) - book.decode(coded.index)
     norm = book.A.square().sum(0).clamp(min=1e-12)  # a matrix of zeros is fitted by columns of zeros
-    return q + centre + (e @ book.A / norm).clamp(-half_bin, half_bin)
+    return v + (e @ book.A / norm).clamp(-limit, limit)
 
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
     """Names and modules of the quantized layers in training."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+
+
+def in_units(x: Tensor) -> tuple[Tensor, float]:
+    """x in units of a power of four near its largest number, so that fp32 holds its squares; and that unit.
+
+    No digit of x changes.
+    """
+    largest = x.abs().max().item()
+    unit = 4.0 ** max((math.frexp(largest)[1] - 1) // 2, -63) if largest else 1.0  # a smaller one would be subnormal
+    return x / unit, unit
+
+
+def root_mean_square(x: Tensor) -> float:
+    """sqrt(mean(x^2))."""
+    x, unit = in_units(x.detach())
+    return x.square().mean().sqrt().item() * unit

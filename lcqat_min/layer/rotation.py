@@ -16,19 +16,17 @@ it. Both sides of a layer y = W x can be rotated; in the rotated basis the weigh
 MAX_BLOCK. An odd width has B = 1: nothing is mixed and only signs flip.
 
 Here rotations act on the *weight*, by a matmul with a small +-1 matrix: for many tokens and a small model
-that is cheaper than rotating activations, and it keeps less for backward. What it gives up: after mixing,
-weights are close to independent and normal, so hardly any correlation within a vector of weights is left for
-a learned A.
-"""
+that is cheaper than rotating activations, and it keeps less for backward.
 
-from __future__ import annotations
+Limits: after mixing, weights are close to independent and normal, so hardly any correlation within a vector of weights
+is left for a learned A.
+"""
 
 import torch
 from torch import Tensor
 
-from ..cached_tensors import made_once
-
 MAX_BLOCK = 128
+KEPT: dict[tuple, Tensor] = {}  # matrices that `hadamard` has made
 
 
 def block_of(width: int) -> int:
@@ -38,26 +36,28 @@ def block_of(width: int) -> int:
     return min(width & -width, MAX_BLOCK)
 
 
-@made_once
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix [size, size], shared by all callers: do not write to it.
+    """Orthonormal Sylvester-Hadamard matrix [size, size], made once and shared by all callers: do not write to it.
 
     Raises ValueError where `size` is not a power of two.
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Sylvester-Hadamard matrix has 2^p rows; got {size}. Use block_of(width).")
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while len(H) < size:
-        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
-    return (H / size**0.5).to(dtype=dtype, device=device)
+    if (size, dtype, device) in KEPT:
+        return KEPT[size, dtype, device]
+    with torch.inference_mode(False):  # a matrix that is first needed in an evaluation must also serve training
+        H = torch.ones(1, 1, dtype=torch.float64)
+        while len(H) < size:
+            H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+        H = (H / size**0.5).to(dtype=dtype, device=device)
+    if type(H) is Tensor:  # a program that is traced (torch.export, FakeTensorMode) makes a tensor without numbers
+        KEPT[size, dtype, device] = H
+    return H
 
 
 def mix(x: Tensor) -> Tensor:
     """Multiply the last dimension of x [..., n] by the block-diagonal Hadamard matrix. Its own inverse."""
-    n = x.shape[-1]
-    block = block_of(n)
-    if block == 1:
-        return x
+    block = block_of(x.shape[-1])
     return (x.reshape(-1, block) @ hadamard(block, x.dtype, x.device)).reshape(x.shape)
 
 

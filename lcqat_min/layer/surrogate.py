@@ -22,8 +22,6 @@ top = 1; `clipped` then passes |v| <= 2.
 All arithmetic is fp32: in bf16 a latent near a boundary can round to another code than the exported one.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -62,20 +60,17 @@ def round_to_levels(u: Tensor, top: int = 3, estimator: str = "ste") -> Tensor:
 
     Halves go to the even neighbour, as in torch.round. Raises ValueError for an unknown estimator.
     """
-    with torch.no_grad():
-        value = u.round().clamp_(0, top)
-        gain = None if estimator == "ste" else slope(u, top, estimator)
-    return _Surrogate.apply(u, value, gain)
+    fixed = u.detach()
+    gain = None if estimator == "ste" else slope(fixed, top, estimator)
+    return _Surrogate.apply(u, fixed.round().clamp_(0, top), gain)
 
 
 def sign_of(v: Tensor, estimator: str = "ste") -> Tensor:
     """c = sign(v) in {-1, +1} (zero counts as +1) with a surrogate gradient.  v: latent, fp32, any shape.
 
-    One cell of `round_to_levels`, but for the tie at zero: with u = (v + 1) / 2 and c = 2 q - 1 the factors
+    One cell of `round_to_levels`, except for the tie at zero: with u = (v + 1) / 2 and c = 2 q - 1 the factors
     1/2 and 2 cancel in the slope. Raises ValueError for an unknown estimator.
     """
-    with torch.no_grad():
-        one = v.new_ones(())
-        value = torch.where(v >= 0, one, -one)
-        gain = None if estimator == "ste" else slope((v + 1) / 2, 1, estimator)
-    return _Surrogate.apply(v, value, gain)
+    fixed = v.detach()
+    gain = None if estimator == "ste" else slope((fixed + 1) / 2, 1, estimator)
+    return _Surrogate.apply(v, (fixed >= 0).float().mul_(2).sub_(1), gain)

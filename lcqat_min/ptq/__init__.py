@@ -2,7 +2,6 @@
 
 from .lcqat import LCQAT, normal_codebook
 from .ldlq import Rounded, ldlq_round, plain_round, proxy_loss, refit, round_matrix, row_scales
-from .matrix import round_layer
 from .method import Method
 from .model import LayerReport, quantize, weight_of
 from .moments import Factor, Moments, factorize, second_moments
@@ -23,7 +22,6 @@ __all__ = [
     "proxy_loss",
     "quantize",
     "refit",
-    "round_layer",
     "round_matrix",
     "row_scales",
     "second_moments",

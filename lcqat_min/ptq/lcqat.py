@@ -10,8 +10,6 @@ LC-QAT is arXiv 2606.10531. Its paper has the lattice, its released code the sca
 are the representation of LiftQuant (2606.04050) with A and b for each matrix.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,8 +21,7 @@ from ..codebook.lloyd import fit, mean_squared_error
 from ..errors import UsageError
 from ..layer.linear import AffineLinear
 from ..layer.surrogate import ESTIMATORS
-from .matrix import FIT_VECTORS, round_layer, sample_vectors
-from .method import Method
+from .method import FIT_VECTORS, Method, sample_vectors
 
 CODEBOOKS = ("scalar", "lattice", "planes")
 LARGEST_DIM = 8
@@ -59,22 +56,19 @@ class LCQAT(Method):
         """As in Method. The seed of `generator` also decides the fit."""
         signs = self.signs(W, generator)
         book = normal_codebook(self.codebook, self.dim, generator.initial_seed()).to(W.device)
-        prepared = self.prepare(W, H, signs, book.dim)
+        W_r, factor = self.prepare(W, H, signs, book.dim)
         if fitted := self.codebook != "scalar":
-            book = fit(sample_vectors(prepared.W, book.dim, FIT_VECTORS), book, FIT_ROUNDS)
-        rounded = round_layer(prepared, book, self.feedback, self.refits, fitted)
+            book = fit(sample_vectors(W_r, book.dim, FIT_VECTORS), book, FIT_ROUNDS)
+        rounded = self.round(W_r, factor, book, fitted)
         target = None if self.start_on_codes else rounded.target
-        coded = prepared.in_weights(rounded.coded)
-        return AffineLinear(coded, W.shape[1], bias, signs, target, self.estimator, self.learn_codebook)
+        return AffineLinear(rounded.coded, W.shape[1], bias, signs, target, self.estimator, self.learn_codebook)
 
 
 @lru_cache(maxsize=8)
 def normal_codebook(kind: str, dim: int, seed: int) -> AffineCodebook:
     """The codebook of a kind fitted to N(0, 1) weights, where every fit starts; made once (it takes seconds)."""
-    if kind == "scalar":
-        return scalar()
-    if kind == "lattice":
-        return lattice(dim)
+    if kind != "planes":
+        return scalar() if kind == "scalar" else lattice(dim)
     if dim == 4:
         return frame_planes()
     generator = torch.Generator().manual_seed(seed)

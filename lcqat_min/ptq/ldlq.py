@@ -21,19 +21,15 @@ never loses to plain rounding.
 Limits: the codes are found greedily, once, vector by vector.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codebook.affine import AffineCodebook
-from ..codebook.digits import digits_of
 from ..codebook.matrix import Codebook, CodedMatrix
-from ..codebook.search import Search
 from ..errors import UsageError
 from .moments import Factor
 
@@ -43,8 +39,7 @@ SMALLEST_SCALE = 1e-12  # of a row of zeros: no codeword need be zero, so they a
 SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6)  # of a row's root mean square: the first round of candidates
 
 
-@dataclass(frozen=True)
-class Rounded:
+class Rounded(NamedTuple):
     """A rounded matrix, and what rounding knows of it.
 
     target: fp32 [out, n], what each vector was rounded from, in units of the row scale: the weight plus the carried
@@ -70,33 +65,27 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
 def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
     n, d = W.shape[1], codebook.dim
-    L, metrics = _feedback_of(factor, d)
-    search: Search = codebook.searcher(metrics)
-    words = codebook.codewords().T.contiguous()
+    L, metrics = _feedback_of(factor.C, d)
+    search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
     target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
-    error = torch.empty_like(target)  # W - W_hat
-    targets, errors = target.split(d), error.split(d)  # of each vector
+    error = target.clone()  # W - W_hat, once a vector is rounded
     index = torch.empty(n // d, len(W), dtype=torch.long, device=W.device)
     block = max(1, FEEDBACK_BLOCK // d) * d
     for end in range(n, 0, -block):
         start = max(0, end - block)
-        error[start:end] = target[start:end]
         target[start:end].addmm_(L[start:end, end:], error[end:])  # from later blocks: most of the work
         for k in range(end - d, start - 1, -d):
-            g = k // d
-            if k + d < end:
-                targets[g].addmm_(L[k : k + d, k + d : end], error[k + d : end])  # from this block
-            index[g] = found = search(targets[g], g)
-            errors[g].sub_(words.index_select(1, found))
+            vector = slice(k, k + d)
+            target[vector].addmm_(L[vector, k + d : end], error[k + d : end])  # from this block
+            index[k // d] = search(target[vector], k // d)
+            error[vector] -= words.index_select(1, index[k // d])
     return index.T, target.T
 
 
-def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:
+def _feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk over their mean, [n/d, d, d]."""
-    C, groups = factor.C, len(factor.C) // d
-    blocks = C.unfold(0, d, d).unfold(1, d, d).diagonal(dim1=0, dim2=1).permute(2, 0, 1)  # [n/d, d, d]
-    by_vector = C.float().T.reshape(groups, d, -1)  # C_k^T, [d, n]
-    L = torch.linalg.inv(blocks).mT.float() @ by_vector
+    blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, len(C), d)])
+    L = torch.linalg.inv(blocks).mT.float() @ C.float().T.reshape(-1, d, len(C))
     metrics = blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     return L.flatten(0, 1), metrics.float()
 
@@ -104,7 +93,7 @@ def _feedback_of(factor: Factor, d: int) -> tuple[Tensor, Tensor]:
 def round_matrix(
     W: Tensor, factor: Factor, codebook: Codebook, scales: Iterable[Tensor], feedback: bool = True
 ) -> Rounded:
-    """Quantize W [out, n], each row at the one of `scales` (fp32 [out] each) of least proxy loss.
+    """Quantize W [out, n], each row at the one of `scales` (fp32 [out] each) of the smallest proxy loss.
 
     Rounds plainly and, if asked, with feedback: as plain rounding is among the candidates, feedback never
     loses to it. Raises ValueError where W, the second moments and the codebook do not fit together, or
@@ -113,39 +102,34 @@ def round_matrix(
     n, d = W.shape[1], codebook.dim
     if n % d or len(factor.H) != n:
         got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
-        raise UsageError(f"round_matrix: {got}; the first two must be equal and a multiple of the third: pad them")
+        raise UsageError(f"{got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
         raise UsageError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
-    methods: list[Callable] = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
+    return reduce(_better_rows, _candidates(W, factor, codebook, torch.stack(list(scales)), feedback))
+
+
+def _candidates(W: Tensor, factor: Factor, codebook: Codebook, scales: Tensor, feedback: bool) -> Iterator[Rounded]:
+    """W rounded at each of `scales`, fp32 [candidates, out]: plainly and, if asked, with feedback."""
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
-    rounded: list[Rounded] = []
-    for group in torch.stack(list(scales)).split(max(1, TALL_ELEMENTS // W.numel())):
-        for method in methods:
-            found = method(W.repeat(len(group), 1), group.flatten(), codebook)
-            index, target = (part.unflatten(0, group.shape) for part in found)  # [scales, out, ...]
-            for each in zip(index, group, target, strict=True):
-                rounded = [_best_rows([*rounded, _with_loss(W, factor.H, codebook, words, *each)])]
-    return rounded[0]
+    for group in scales.split(max(1, TALL_ELEMENTS // W.numel())):
+        tall, tall_scale = W.repeat(len(group), 1), group.flatten()
+        found = [plain_round(tall, tall_scale, codebook)]
+        if feedback:
+            found.append(ldlq_round(tall, tall_scale, codebook, factor))
+        for indices, targets in found:
+            for index, scale, target in zip(indices.split(len(W)), group, targets.split(len(W)), strict=True):
+                loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, factor.H)
+                yield Rounded(CodedMatrix(codebook, index, scale), target, loss)
 
 
-def _with_loss(
-    W: Tensor, H: Tensor, book: Codebook, words: Tensor, index: Tensor, scale: Tensor, target: Tensor
-) -> Rounded:
-    loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, H)
-    return Rounded(CodedMatrix(book, index, scale), target, loss)
-
-
-def _best_rows(found: list[Rounded]) -> Rounded:
-    """Each row from the one of one or two that loses less there."""
-    best, *others = found
-    for other in others:
-        win = other.loss < best.loss
-        index = torch.where(win[:, None], other.coded.index, best.coded.index)
-        scale = torch.where(win, other.coded.scale, best.coded.scale)
-        target = torch.where(win[:, None], other.target, best.target)
-        loss = torch.where(win, other.loss, best.loss)
-        best = Rounded(CodedMatrix(best.coded.codebook, index, scale), target, loss)
-    return best
+def _better_rows(one: Rounded, other: Rounded) -> Rounded:
+    """Each row from the one that loses less there."""
+    win = other.loss < one.loss
+    index = torch.where(win[:, None], other.coded.index, one.coded.index)
+    scale = torch.where(win, other.coded.scale, one.coded.scale)
+    target = torch.where(win[:, None], other.target, one.target)
+    coded = CodedMatrix(one.coded.codebook, index, scale)
+    return Rounded(coded, target, torch.where(win, other.loss, one.loss))
 
 
 def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tensor]:
@@ -161,16 +145,13 @@ def refit(W: Tensor, coded: CodedMatrix[AffineCodebook], H: Tensor) -> AffineCod
     for j = k), H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
     normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
-    book = coded.codebook
-    d, k = book.A.shape
-    q = digits_of(coded.index, k, book.levels)
-    Z = torch.cat([q, torch.ones_like(q[..., :1])], dim=2) * coded.scale[:, None, None]  # [out, n/d, k+1]
-    groups = W.shape[1] // d
+    d, groups = coded.codebook.dim, coded.index.shape[1]
+    q = nn.functional.pad(coded.codebook.digits(coded.index), (0, 1), value=1.0)
+    Z = q * coded.scale[:, None, None]  # [out, n/d, k+1]
     parts = H.reshape(groups, d, groups, d).permute(1, 3, 0, 2).reshape(d * d, -1)
     # One digit j at a time: all at once take k + 1 times the memory, gigabytes for wide layers.
-    sums = [torch.einsum("og,ohl->lgh", Z_j, Z).flatten(1) @ parts.T for Z_j in Z.unbind(2)]
-    normal = torch.stack(sums).double().view(k + 1, k + 1, d, d).permute(2, 0, 3, 1).reshape(d * (k + 1), -1)
-    right = torch.einsum("ogj,ogi->ij", Z, (W @ H).view(len(W), groups, d)).double().flatten()
-    ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64, device=W.device)
-    theta = torch.linalg.solve(normal + ridge, right).view(d, k + 1).float()
-    return AffineCodebook(theta[:, :k].contiguous(), theta[:, k].contiguous(), book.levels)
+    sums = torch.stack([torch.einsum("og,ohl->lgh", Z_j, Z).flatten(1) @ parts.T for Z_j in Z.unbind(2)])
+    normal = sums.double().unflatten(2, (d, d)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+    normal.diagonal().add_(1e-9 * normal.diagonal().mean())
+    right = torch.einsum("ogj,ogi->ij", Z, (W @ H).unflatten(1, (groups, d))).double().flatten()
+    return coded.codebook.with_map(torch.linalg.solve(normal, right).view(d, -1))

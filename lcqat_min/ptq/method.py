@@ -6,40 +6,34 @@
 To add a system, write a subclass: settings are fields, `layer` makes the layer, and systems/__init__.py gives it a
 name. CONTRIBUTING.md has a complete example. A method may use as much of the rest as it likes:
 
-    signs        random signs of the rotation
-    prepare      W and H in units of their own size, rotated, padded to whole vectors; H damped and factored
-    round_layer  rounding with error feedback at the best of a few scales per row, with refits (ptq/matrix.py)
+    signs      random signs of the rotation
+    prepare    W and H rotated and padded to whole vectors; H damped and factored
+    round      codes for the prepared W, by ptq/ldlq.py:
+               round 0   at the best of a few scales per row, SCALE_FACTORS times its root mean square
+               refits    (A, b) by least squares on the layer's outputs, and codes again at NEARBY times those scales
+
+A refit counts only where it lowers the proxy loss of the whole matrix.
+
+Limits: each matrix is rounded by itself, from the second moments of the unquantized model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ..codebook.matrix import CodedMatrix
+from ..codebook.matrix import Codebook
 from ..errors import UsageError
 from ..layer.linear import QuantLinear, Signs
 from ..layer.rotation import random_signs, rotate
-from ..layer.units import in_units
+from .ldlq import Rounded, refit, round_matrix, row_scales
 from .moments import Factor, factorize
 
 ROTATIONS = ("none", "input", "both")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """W fp32 [out, n] in the basis of the codes, in units of `unit`; the factor of the second moments in that basis."""
-
-    W: Tensor
-    factor: Factor
-    unit: float
-
-    def in_weights(self, coded: CodedMatrix) -> CodedMatrix:
-        """`coded`, a rounding of W, in the unit of the weights that were given."""
-        return replace(coded, scale=coded.scale * self.unit)
+NEARBY = (0.95, 1.0, 1.05)
+FIT_VECTORS = 1 << 14  # weight vectors of a matrix that its codebook is fitted to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,47 +52,66 @@ class Method:
     def __post_init__(self) -> None:
         self.check("rotate", ROTATIONS)
         if not 0 <= self.damping < 1 or self.refits < 0:
-            got = f"damping is {self.damping} and refits {self.refits}"
-            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and refits a count, 0 or more")
+            raise UsageError(
+                f"damping is {self.damping} and refits {self.refits}: give a share below 1 and a count, from 0"
+            )
 
     def check(self, name: str, allowed: Sequence[str]) -> None:
         """UsageError where the field `name` has none of the values `allowed`."""
         if (value := getattr(self, name)) not in allowed:
             raise UsageError(f"{type(self).__name__}.{name} is {value!r}; choose one of {', '.join(allowed)}")
 
-    def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> Method:
+    def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> Self:
         """The method with what it learns from all layers together. `generator` must be left as it is."""
         return self
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> QuantLinear:
-        """The quantized layer of W, fp32 [out, n], for inputs with second moments H, fp64 [n, n]."""
+        """The quantized layer of W, fp32 [out, n], for inputs with second moments H, fp64 [n, n].
+
+        `quantize` gives both in units of about their largest number, so that fp32 holds the squares of both.
+        """
         raise NotImplementedError
 
     def signs(self, W: Tensor, generator: torch.Generator) -> Signs:
         """Random signs for the inputs and the outputs of W [out, n], on its device; None where it is not rotated."""
-        rows, columns = W.shape
-        signs_in = random_signs(columns, generator).to(W.device) if self.rotate != "none" else None
-        signs_out = random_signs(rows, generator).to(W.device) if self.rotate == "both" else None
-        return signs_in, signs_out
+        s_in = random_signs(W.shape[1], generator).to(W.device) if self.rotate != "none" else None
+        s_out = random_signs(W.shape[0], generator).to(W.device) if self.rotate == "both" else None
+        return s_in, s_out
 
-    def prepare(self, W: Tensor, H: Tensor, signs: Signs, dim: int) -> Prepared:
-        """W [out, n] and H [n, n] as rounding wants them, in vectors of `dim` weights."""
-        (W, unit), (H, _) = in_units(W), in_units(H)
+    def prepare(self, W: Tensor, H: Tensor, signs: Signs, dim: int) -> tuple[Tensor, Factor]:
+        """W [out, n] and H [n, n] as rounding wants them: in the basis of the codes, in vectors of `dim` weights."""
         if signs[0] is not None:
             H = rotate(rotate(H, signs[0].double()).T, signs[0].double())
-        n = len(H)
-        H = pad(pad(H, dim).T, dim)
+        H, n = pad(pad(H, dim).T, dim), len(H)
         H.diagonal()[n:] = 1e-9 * H.diagonal()[:n].mean()  # padding is cut off again: its error hardly counts
-        return Prepared(pad(rotated(W, signs), dim), factorize(H, self.damping), unit)
+        return pad(rotated(W, signs), dim), factorize(H, self.damping)
+
+    def round(self, W: Tensor, factor: Factor, book: Codebook, fitted: bool = False) -> Rounded:
+        """Codes for a W and a factor that are prepared. fitted: the codebook is affine, and refits may change it."""
+        best = round_matrix(W, factor, book, row_scales(W), self.feedback)
+        for _ in range(self.refits):
+            book = refit(W, best.coded, factor.H) if fitted else book
+            other = round_matrix(W, factor, book, [near * best.coded.scale for near in NEARBY], self.feedback)
+            if other.loss.sum() >= best.loss.sum():
+                break
+            best = other
+        return best
 
 
 def rotated(W: Tensor, signs: Signs) -> Tensor:
     """W [out, in], rotated on the sides whose signs are given."""
-    signs_in, signs_out = signs
-    W = W if signs_in is None else rotate(W, signs_in)
-    return W if signs_out is None else rotate(W.T, signs_out).T.contiguous()
+    W = W if signs[0] is None else rotate(W, signs[0])
+    return W if signs[1] is None else rotate(W.T, signs[1]).T.contiguous()
 
 
 def pad(x: Tensor, dim: int) -> Tensor:
     """The last dimension, with zeros added up to a multiple of `dim`."""
     return nn.functional.pad(x, (0, -x.shape[-1] % dim))
+
+
+def sample_vectors(W: Tensor, dim: int, count: int) -> Tensor:
+    """At most `count` vectors of W, evenly spread, each row divided by its root mean square: fp32 [<= count, d]."""
+    x = (W / W.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).reshape(-1, dim)
+    count = min(count, len(x))
+    # A constant step could divide the length of a row, and then meet the same few columns in all rows.
+    return x[torch.arange(count, device=x.device) * (len(x) - 1) // max(1, count - 1)]

@@ -15,22 +15,18 @@ Steps: second moments of the inputs of each layer, from the unquantized model; e
 method (ptq/method.py); then all layers are replaced. Same seed, same codes, bit by bit, on one machine.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..language_model import Batch, check_model, read_batch, without_padding
-from ..layer.linear import QuantLinear
-from ..layer.units import in_units
+from ..layer.linear import in_units
 from .lcqat import LCQAT
 from .ldlq import proxy_loss
 from .method import Method
@@ -42,8 +38,7 @@ IN_TRAINING = {"quant_method": QUANT_METHOD, "version": "in training"}
 MOMENTS_BYTES = 8 << 30  # second moments held at a time; layers that do not fit take another pass of the model
 
 
-@dataclass(frozen=True)
-class LayerReport:
+class LayerReport(NamedTuple):
     """One quantized layer: its shape [out, in]; the proxy loss tr(E H E^T) as a share of tr(W H W^T); how many inputs
     were never active; how many tokens were seen."""
 
@@ -79,44 +74,29 @@ def quantize(
         raise UsageError(f"skip is the text {skip!r}; give a tuple: ({skip!r},)")
     layers, texts = _layers_and_texts(model, batches, skip)
     generator, method = torch.Generator().manual_seed(seed), method or LCQAT()
-    made: dict[str, QuantLinear] = {}
-    reports = []
+    made, reports = {}, []
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
         method = method.start(list(layers.values()), generator)
-        for name, moments in zip(progress(layers), _moments(model, layers, texts), strict=False):
-            W = weight_of(layers[name])
-            made[name] = method.layer(W, moments.H, layers[name].bias, generator)
-            if not torch.isfinite(weight := made[name].weight.detach()).all():
-                largest = f"{W.abs().max():.3g}"
-                raise UsageError(f"the weight of {name!r} reaches {largest}, too much for fp32: name it in `skip`")
-            reports.append(_report(name, W, weight, moments))
+        for name, (H, tokens) in zip(progress(layers), _moments(model, layers, texts), strict=False):
+            W, unit = in_units(weight_of(layers[name]))
+            H /= in_units(H)[1]  # in place: it may take gigabytes
+            made[name] = layer = method.layer(W, H, layers[name].bias, generator)
+            layer.set_row_scale(unit * layer.row_scale)
+            if not torch.isfinite(weight := layer.weight.detach()).all():
+                raise UsageError(f"{name!r} reaches {unit * W.abs().max():.3g}, too much for fp32: name it in `skip`")
+            total, lost = (proxy_loss(E, H.float()).sum().item() for E in (W, weight / unit - W))
+            dead = (H.diagonal() == 0).sum().item()
+            reports.append(LayerReport(name, tuple(W.shape), lost / total if total else 0.0, dead, tokens))
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark(model)
     return reports
 
 
-def _layers_and_texts(
-    model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
-    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
-    layers, left = dict(linear_layers(model, skip)), left_alone(model, skip)
-    texts = _checked(batches, model, layers) if layers else []
-    left |= read_or_written(model, layers, texts[0][:1]) if layers else {}
-    _say_what_is_left(left)
-    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
-        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
-        already = "; this model is quantized already" if quantized else ""
-        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
-    return layers, texts
-
-
-def _report(name: str, W: Tensor, weight: Tensor, moments: Moments) -> LayerReport:
-    H, (W, unit) = in_units(moments.H)[0].float(), in_units(W)
-    total = proxy_loss(W, H).sum().item()
-    loss = proxy_loss(weight / unit - W, H).sum().item() / total if total > 0 else 0.0
-    dead = int((moments.H.diagonal() == 0).sum())
-    return LayerReport(name, (W.shape[0], W.shape[1]), loss, dead, moments.tokens)
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight as fp32 [out, in]; transformers' Conv1D stores the transpose."""
+    weight = layer.weight.detach().float()
+    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def mark(model: nn.Module) -> None:
@@ -133,10 +113,21 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight as fp32 [out, in]; transformers' Conv1D stores the transpose."""
-    weight = layer.weight.detach().float()
-    return weight if isinstance(layer, nn.Linear) else weight.T
+def _layers_and_texts(model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]) -> tuple[dict, list[Tensor]]:
+    """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
+    layers, left, texts = dict(linear_layers(model, skip)), left_alone(model, skip), []
+    if layers:
+        texts = _checked(batches, model, layers)
+        left |= read_or_written(model, layers, texts[0][:1])
+    for why in dict.fromkeys(left.values()):
+        names = [name for name, reason in left.items() if reason == why]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        warnings.warn(f"not quantized: {', '.join(names[:4])}{more}; {why}", RuntimeWarning, stacklevel=3)
+    if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
+        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
+        already = "; this model is quantized already" if quantized else ""
+        raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
+    return layers, texts
 
 
 def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Module]) -> list[Tensor]:
@@ -153,36 +144,21 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     return texts
 
 
-def _say_what_is_left(left: dict[str, str]) -> None:
-    for why, count in Counter(left.values()).items():
-        named = [name for name, reason in left.items() if reason == why]
-        some = ", ".join(named[:4]) + (f" and {count - 4} more" if count > 4 else "")
-        warnings.warn(f"not quantized: {some}; {why}", RuntimeWarning, stacklevel=4)
-
-
 def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
-    """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding."""
-    for group in _groups(layers):
-        found = second_moments(model, group, texts)
+    """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding.
+
+    As many layers at a time as MOMENTS_BYTES holds, and at least one.
+    """
+    inputs, left = {name: weight_of(layer).shape[1] for name, layer in layers.items()}, list(layers)
+    while left:
+        sizes = accumulate(8 * inputs[name] ** 2 for name in left)  # bytes of each and all before it
+        fitting = max(1, sum(size <= MOMENTS_BYTES for size in sizes))
+        group, left = left[:fitting], left[fitting:]
+        found = second_moments(model, {name: layers[name] for name in group}, texts)
         if missing := [name for name in group if name not in found]:
             why = "rounded without error feedback. Give more text, or name them in `skip`"
             warnings.warn(f"no calibration token reached {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
-        for name, layer in group.items():
-            if name not in found:
-                found[name] = Moments(torch.eye(_inputs(layer)).to(layer.weight.device).double(), tokens=0)
+        for name in group:
+            if name in missing:
+                found[name] = Moments(torch.eye(inputs[name]).to(layers[name].weight.device).double(), tokens=0)
             yield found.pop(name)
-
-
-def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Layers whose second moments fit in memory together, at least one at a time."""
-    group: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        if group and sum(8 * _inputs(one) ** 2 for one in (*group.values(), layer)) > MOMENTS_BYTES:
-            yield group
-            group = {}
-        group[name] = layer
-    yield group
-
-
-def _inputs(layer: nn.Module) -> int:
-    return layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]

@@ -10,14 +10,15 @@ positive definite (fewer tokens than inputs, doubled channels) the damping rises
 used is reported. An input that was never active (H_ii = 0) gets the mean diagonal of the others: its weights are
 rounded by themselves.
 
-Gives up: second moments come from the unquantized model, so a layer does not make up for the errors of earlier
-layers. Training does.
+Limits: second moments come from the unquantized model, so a layer does not make up for the errors of earlier layers.
+Training does.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,14 @@ from ..errors import UsageError
 from ..language_model import keep_modes, run
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """H = E[x x^T], fp64 [n, n], over `tokens` inputs of a layer."""
 
     H: Tensor
     tokens: int
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """H damped (fp32 [n, n]), its lower Cholesky factor C (fp64 [n, n]), the damping, inputs never active."""
 
     H: Tensor
@@ -52,39 +51,30 @@ def second_moments(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
     such as an expert that is never chosen, is left out. Raises ValueError where there are no batches, and with the
     layer's name where an input is not finite.
     """
-    batches = list(batches)
-    if not batches:
+    if not (batches := list(batches)):
         raise UsageError("second_moments: no batches; give at least one batch of token ids [B, T]")
     sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
+    tokens: Counter[str] = Counter()
     latest: list = [None, 0, None]  # the last input, how often it had been changed in place, its x^T x
 
-    def hook(name: str):  # adds up x^T x of the inputs of the layer of this name
-        def count(module: nn.Module, args: tuple, named: dict) -> None:
-            x = args[0] if args else named["input"]
-            if not x.numel():  # an expert that no token of this batch is sent to
-                return
-            if x is not latest[0] or x._version != latest[1]:
-                rows = x.detach().reshape(-1, x.shape[-1]).double()
-                latest[:] = x, x._version, rows.T @ rows
-            sums[name] = sums[name].add_(latest[2]) if name in sums else latest[2].clone()
-            tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
+    def add(name: str, layer: nn.Module, args: tuple, named: dict) -> None:
+        x = args[0] if args else named["input"]
+        if x is not latest[0] or x._version != latest[1]:
+            rows = x.detach().reshape(-1, x.shape[-1]).double()
+            latest[:] = x, x._version, rows.T @ rows
+        sums[name] = sums[name].add_(latest[2]) if name in sums else latest[2].clone()
+        tokens[name] += x.numel() // x.shape[-1]
 
-        return count
-
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with keep_modes(model), torch.no_grad():
-            model.eval()
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with keep_modes(model), torch.no_grad(), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
+        model.eval()
+        for batch in batches:
+            run(model, batch)
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise UsageError(f"layer {name!r} was fed NaN or infinity: check the model's weights and dtype")
-    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items()}
+    return {name: Moments(total.div_(tokens[name]), tokens[name]) for name, total in sums.items() if tokens[name]}
 
 
 def factorize(H: Tensor, damping: float = 0.01) -> Factor:
@@ -94,9 +84,7 @@ def factorize(H: Tensor, damping: float = 0.01) -> Factor:
     """
     H = H.double()
     if not torch.isfinite(H.float()).all():
-        raise UsageError(
-            "second moments hold NaN or infinity, or numbers beyond fp32: check the calibration text and the weights"
-        )
+        raise UsageError("second moments hold NaN or infinity, or numbers beyond fp32: check the text and the weights")
     dead = H.diagonal() <= 0
     mean = H.diagonal()[~dead].mean() if not dead.all() else H.new_ones(())
     while True:

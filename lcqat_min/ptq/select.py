@@ -13,12 +13,9 @@ transformers' Conv1D with its transposed weight. These look like that and stay:
 Limits: code that a short text without a cache does not reach, or that does not go through torch, is not noticed.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
@@ -74,27 +71,26 @@ def _helpers(model: nn.Module) -> set[nn.Module]:
 class _Watch(TorchDispatchMode):
     """Notes the layers whose weight goes into an operation while their forward does not run."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
-        self.names = {layer.weight.data_ptr(): name for name, layer in layers.items()}
-        self.running: list[str] = []
-        self.found: set[str] = set()
+        self.owners = {layer.weight.data_ptr(): layer for layer in layers}
+        self.running: set[nn.Module] = set()
+        self.found: set[nn.Module | None] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its compiler for this, which takes seconds
 
-    def enter(self, name: str, *_: object) -> None:
-        self.running.append(name)
+    def enter(self, layer: nn.Module, *_: object) -> None:
+        self.running.add(layer)
 
-    def leave(self, *_: object) -> None:
-        self.running.pop()
+    def leave(self, layer: nn.Module, *_: object) -> None:
+        self.running.discard(layer)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for x in tree_leaves((args, kwargs)):
-            has_address = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-            if has_address and (name := self.names.get(x.data_ptr())) and name not in self.running:
-                self.found.add(name)
+        tensors = [x for x in tree_leaves((args, kwargs)) if type(x) in (Tensor, nn.Parameter)]
+        addresses = [x.data_ptr() for x in tensors if x.layout == torch.strided]  # others have none
+        self.found |= {self.owners.get(address) for address in addresses} - self.running
         return func(*args, **(kwargs or {}))
 
 
@@ -104,16 +100,12 @@ def read_or_written(model: nn.Module, layers: Mapping[str, nn.Module], ids: Tens
     Runs token ids [B, T] through the model in training mode and in evaluation mode, since some models rescale weights
     when the mode changes. Raises what the model raises in evaluation mode.
     """
-    watch, hooks = _Watch(layers), []
-    for name, layer in layers.items():
-        hooks.append(layer.register_forward_pre_hook(partial(watch.enter, name)))
-        hooks.append(layer.register_forward_hook(watch.leave, always_call=True))
-    try:
-        with keep_modes(model), torch.no_grad(), torch.random.fork_rng(), watch:
-            with suppress(Exception):  # a model that cannot be trained does not rescale
-                run(model.train(), ids)
-            run(model.eval(), ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: BYPASSED for name in layers if name in watch.found}
+    watch = _Watch(layers.values())
+    with keep_modes(model), ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(), watch:
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(watch.enter))
+            hooks.enter_context(layer.register_forward_hook(watch.leave, always_call=True))
+        with suppress(Exception):  # a model that cannot be trained does not rescale
+            run(model.train(), ids)
+        run(model.eval(), ids)
+    return {name: BYPASSED for name, layer in layers.items() if layer in watch.found}

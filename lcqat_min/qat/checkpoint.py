@@ -16,8 +16,6 @@ before anything is changed, where it is damaged or has other settings, names or 
 Limits: the teacher, the text and unquantized parameters that are frozen are not in the file. Bring the same ones.
 """
 
-from __future__ import annotations
-
 import json
 from importlib.util import find_spec
 from itertools import chain
@@ -33,16 +31,10 @@ from ..layer.linear import quant_layers
 Tensors = dict[str, Tensor]
 
 
-def check_writable() -> None:
-    """ImportError where checkpoints cannot be written: before the first step, not after many."""
-    if find_spec("safetensors") is None:
-        raise ImportError("a checkpoint needs safetensors: `pip install safetensors`, or train without a checkpoint")
-
-
 def save(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start: Tensors, settings: dict, progress: dict
 ) -> None:
-    """Write all that `load` restores, in place of any file of that name. settings, progress: what JSON can hold."""
+    """Write all that `resume` restores, in place of any file of that name. settings, progress: what JSON can hold."""
     tensors = _kept(model) | _named("start", start)
     for group in optimizer.param_groups:
         for key, value in optimizer.state[group["params"][0]].items():
@@ -52,13 +44,18 @@ def save(
     save_tensors(tensors, path, {key: json.dumps(value) for key, value in meta.items()})
 
 
-def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start: Tensors, settings: dict
+def resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start: Tensors, settings: dict, progress: dict
 ) -> tuple[Tensors, dict]:
-    """Restore the model and an optimizer that has no state yet; returns the start and the progress of the run.
+    """Restore the model and an optimizer that has no state yet, if there is a file; the start and progress of the run.
 
-    ValueError where the file is damaged or belongs to another run; then nothing has been changed.
+    ValueError where the file is damaged or belongs to another run; then nothing has been changed. ImportError where
+    checkpoints cannot be written: before the first step, not after many.
     """
+    if find_spec("safetensors") is None:
+        raise ImportError("a checkpoint needs safetensors: `pip install safetensors`, or train without a checkpoint")
+    if not path.exists():
+        return start, progress
     from safetensors import safe_open
 
     with reading(path, "delete it to start again"), safe_open(path, framework="pt") as file:
@@ -67,10 +64,8 @@ def load(
     shapes = {name: tensor.shape for name, tensor in (kept | _named("start", start)).items()}
     same = {name: tensor.shape for name, tensor in tensors.items() if name not in adam} == shapes
     if not same or meta.get("settings") != json.dumps(settings):
-        raise UsageError(
-            f"{path} is the checkpoint of another run (other settings, loss or model): delete it to start again, "
-            "or run with the settings that it was made with"
-        )
+        run = "the checkpoint of another run (other settings, loss or model)"
+        raise UsageError(f"{path} is {run}: delete it to start again, or run with the settings that it was made with")
     with torch.no_grad():
         for name, tensor in kept.items():
             tensor.copy_(tensors[name])

@@ -16,8 +16,6 @@ Schedule: linear warm-up, constant, linear decay towards zero; the three phases 
 Limits: one schedule for all groups, and no weight decay: on a latent it pulls towards a rounding boundary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -54,17 +52,14 @@ class TrainConfig:
             if (value := getattr(self, name)) < 1:
                 raise UsageError(f"TrainConfig.{name} is {value}; it must be at least 1")
         if not 0 <= min(self.warmup, self.decay) <= self.warmup + self.decay <= 1:
-            shares = f"TrainConfig.warmup is {self.warmup} and decay {self.decay}"
-            raise UsageError(f"{shares}; they are shares of the steps: each at least 0, together at most 1")
-        if not all(rate >= 0 for rate in self.learning_rates.values()):
-            raise UsageError(f"TrainConfig has learning rates {self.learning_rates}; each must be at least 0 (frozen)")
+            raise UsageError(
+                f"warmup is {self.warmup} and decay {self.decay}: give shares of the steps, at most 1 in all"
+            )
+        rates = {group: getattr(self, f"lr_{group}") for group in GROUPS}
+        if not all(rate >= 0 for rate in rates.values()):
+            raise UsageError(f"TrainConfig has learning rates {rates}; each must be at least 0 (frozen)")
         if not self.clip > 0:
             raise UsageError(f"TrainConfig.clip is {self.clip}; it must be above 0 (float('inf') does not clip)")
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """The full rate of each group of parameters, in its units."""
-        return {group: getattr(self, f"lr_{group}") for group in GROUPS}
 
     def phases(self) -> tuple[int, int, int]:
         """Steps of warm-up, constant rate and decay; they sum to `steps`."""

@@ -10,8 +10,6 @@ The start is a dict of tensors: `index.<layer>` holds the indices of a layer, in
 Limits: flips compare the start and now, so an index that flips and flips back does not count.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

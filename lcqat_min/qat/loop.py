@@ -18,13 +18,12 @@ Limits: no gradient accumulation, and no sharding of its own. Pass an `accelerat
 mixed precision; each process brings its own share of the batches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,15 +68,13 @@ def train(
     loop_model, stepper = accelerator.prepare(model, optimizer)
     groups = optimizer.param_groups
     start = start_of(model, config.log_movement)  # after prepare, which may move the parameters to another device
-    run = {"step": 0, "tokens": 0, "losses": [], "history": []}
+    run: dict[str, Any] = {"step": 0, "tokens": 0, "losses": [], "history": []}
     if path:
-        from .checkpoint import check_writable, load, save
+        from .checkpoint import resume, save
 
-        check_writable()
         settings = asdict(config) | {"loss": "next token" if teacher is None else "KL"}
         accelerator.wait_for_everyone()
-        if path.exists():
-            start, run = load(path, model, optimizer, start, settings)
+        start, run = resume(path, model, optimizer, start, settings, run)
     optimizer.zero_grad()  # an interrupted run may have left gradients
     with keep_modes(model):
         model.train()
@@ -147,7 +144,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             if p.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name!r} is {p.dtype}, which loses small steps: call model.float(), or freeze it")
             group, unit = units.get(p, ("rest", 1.0))
-            rate = config.learning_rates[group] * unit
+            rate = getattr(config, f"lr_{group}") * unit
             groups.append({"params": [p], "name": name, "group": group, "lr": rate, "full_lr": rate})
     if not groups:
         raise UsageError("no parameter requires a gradient: call model.requires_grad_(True), or on what should train")
@@ -156,13 +153,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None, teacher: nn.Module | None) -> Tensor:
     logits = logits_of(model, ids, mask)
-    ids, text = ids.to(logits.device), slice(None) if mask is None else mask.to(logits.device)
+    ids, mask = ids.to(logits.device), None if mask is None else mask.to(logits.device)
     if teacher is None:
-        pairs = text if mask is None else text[:, 1:] & text[:, :-1]
+        pairs = slice(None) if mask is None else mask[:, 1:] & mask[:, :-1]
         return nn.functional.cross_entropy(logits[:, :-1][pairs].flatten(0, -2).float(), ids[:, 1:][pairs].flatten())
     with torch.no_grad():
         target = logits_of(teacher.eval(), ids, mask).to(logits.device)
-    return distillation_loss(logits[text], target[text])
+    return distillation_loss(logits, target) if mask is None else distillation_loss(logits[mask], target[mask])
 
 
 def _gradients(loss: Tensor, groups: list[dict], limit: float, step: int, accelerator) -> dict[str, float]:
@@ -171,8 +168,7 @@ def _gradients(loss: Tensor, groups: list[dict], limit: float, step: int, accele
     accelerator.unscale_gradients()
     norms = gradient_norms(groups)
     norm = math.hypot(*norms.values())
-    skips = accelerator.scaler is not None  # a loss scaler skips steps that overflow
-    if not math.isfinite(loss.item() if skips else loss.item() + norm):
+    if not math.isfinite(loss.item() if accelerator.scaler else loss.item() + norm):  # a scaler skips what overflows
         raise FloatingPointError(f"the loss is {loss.item()}, the gradient {norm} at step {step}; {_culprit(groups)}")
     nn.utils.clip_grads_with_norm_([p for group in groups for p in group["params"]], limit, torch.tensor(norm))
     return norms

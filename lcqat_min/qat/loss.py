@@ -9,8 +9,6 @@ several copies of all logits, which for a vocabulary of 150 000 are the largest 
 Limits: no second derivatives, and no gradient to the teacher.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

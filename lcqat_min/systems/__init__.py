@@ -1,8 +1,8 @@
 """Systems: the methods that `quantize` can use, by name. LC-QAT is in ptq/lcqat.py; the others are here, one file each.
 
 A system is one class with `layer(W, H, bias, generator)` (ptq/method.py says what it is given) and, where its weights
-decode differently, a QuantLinear of its own. Add its line to METHODS, and the command line, the comparison and packed
-folders know it. CONTRIBUTING.md has an example.
+decode differently, a QuantLinear of its own. Add its line to METHODS, and the command line and packed folders know it.
+A Recipe in harness/compare.py adds it to the comparison. CONTRIBUTING.md has an example.
 
     method_of("lsq")()                   the method with its default settings
     layer_of("lsq")                      the class of its layers, for a file that names it

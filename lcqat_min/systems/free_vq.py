@@ -8,11 +8,10 @@ as rounding left them, and the table, the scales and the rest of the model learn
 Limits: one table per model, since a table per matrix costs 0.1 to 0.3 bits per weight on a small one; d up to 4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,8 @@ from ..codebook.lloyd import fit
 from ..codebook.matrix import CodedMatrix
 from ..codebook.table import TableCodebook, table_start
 from ..errors import UsageError
-from ..layer.linear import QuantLinear, Signs
-from ..layer.units import in_units, root_mean_square
-from ..ptq.matrix import FIT_VECTORS, round_layer, sample_vectors
-from ..ptq.method import Method, pad, rotated
+from ..layer.linear import QuantLinear, Signs, in_units, root_mean_square
+from ..ptq.method import FIT_VECTORS, Method, pad, rotated, sample_vectors
 from ..ptq.model import weight_of
 
 
@@ -77,7 +74,7 @@ class FreeVQ(Method):
         if not 1 <= self.dim <= 4:
             raise UsageError(f"FreeVQ.dim is {self.dim}; a table takes 1 to 4 weights per vector")
 
-    def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> FreeVQ:
+    def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> Self:
         """With one k-means table for `layers`, fitted to a sample of their weights, rotated as `layer` will do it."""
         twin = torch.Generator()
         twin.set_state(generator.get_state())  # draws the same signs, and leaves `generator` as it is
@@ -91,12 +88,10 @@ class FreeVQ(Method):
         return replace(self, table=nn.Parameter(book.table.to(W.device), requires_grad=self.learn_codebook))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TableLinear:
-        signs = self.signs(W, generator)
-        prepared = self.prepare(W, H, signs, self.dim)
         assert self.table is not None  # quantize calls start before
-        book = TableCodebook(self.table.detach().to(W.device))
-        coded = prepared.in_weights(round_layer(prepared, book, self.feedback, self.refits).coded)
-        return TableLinear(coded, W.shape[1], bias, signs, self.table)
+        signs, book = self.signs(W, generator), TableCodebook(self.table.detach().to(W.device))
+        rounded = self.round(*self.prepare(W, H, signs, self.dim), book)
+        return TableLinear(rounded.coded, W.shape[1], bias, signs, self.table)
 
 
 @lru_cache(maxsize=4)

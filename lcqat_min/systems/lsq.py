@@ -24,7 +24,6 @@ from ..codebook.matrix import CodedMatrix
 from ..layer.linear import QuantLinear, Signs, starting_latents
 from ..layer.surrogate import round_to_levels
 from ..ptq.ldlq import SMALLEST_SCALE, round_matrix
-from ..ptq.matrix import round_layer
 from ..ptq.method import Method
 
 SCALES = ("search", "max")
@@ -78,11 +77,11 @@ class LSQ(Method):
         self.check("scale", SCALES)
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> StepLinear:
-        signs = self.signs(W, generator)
-        prepared = self.prepare(W, H, signs, 1)
+        signs, grid = self.signs(W, generator), scalar().to(W.device)
+        W_r, factor = self.prepare(W, H, signs, 1)
         if self.scale == "max":
-            steps = (prepared.W.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
-            rounded = round_matrix(prepared.W, prepared.factor, scalar().to(W.device), [steps], self.feedback)
+            steps = (W_r.abs().amax(1) / 2).clamp(min=SMALLEST_SCALE)
+            rounded = round_matrix(W_r, factor, grid, [steps], self.feedback)
         else:
-            rounded = round_layer(prepared, scalar().to(W.device), self.feedback, self.refits)
-        return StepLinear(prepared.in_weights(rounded.coded), W.shape[1], bias, signs, rounded.target)
+            rounded = self.round(W_r, factor, grid)
+        return StepLinear(rounded.coded, W.shape[1], bias, signs, rounded.target)

@@ -1,4 +1,4 @@
-"""Checks of notebook 01: the step that clips nothing, bits with a scale a group, the flip that helps most."""
+"""Checks of notebook 01: the step that clips nothing, bits with a scale per group, the flip that helps most."""
 
 import torch
 
@@ -27,12 +27,12 @@ def grouped_bits(answer):
         raise Wrong("You counted the codes alone. Each group also stores a scale of 16 bits.")
     if got == 256 * 2.25:
         raise Wrong("576 is what the whole row of 256 weights takes. Divide by the number of weights.")
-    expect_close(got, 2.25, "the bits a weight of 256 inputs at 2 bits, groups of 64")
-    expect_close(answer(256, 3, 256), 3.0625, "the bits a weight of 256 inputs at 3 bits, one group")
+    expect_close(got, 2.25, "the bits per weight of 256 inputs at 2 bits, groups of 64")
+    expect_close(answer(256, 3, 256), 3.0625, "the bits per weight of 256 inputs at 3 bits, one group")
     expect_close(
-        answer(100, 2, 64), 2.32, "the bits a weight of 100 inputs at 2 bits, groups of 64 (a group of 36 remains)"
+        answer(100, 2, 64), 2.32, "the bits per weight of 100 inputs at 2 bits, groups of 64 (a group of 36 remains)"
     )
-    expect_close(answer(32, 2, 64), 2.5, "the bits a weight of 32 inputs in groups of 64 (one short group)")
+    expect_close(answer(32, 2, 64), 2.5, "the bits per weight of 32 inputs in groups of 64 (one short group)")
 
 
 @exercise

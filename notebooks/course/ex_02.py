@@ -71,7 +71,7 @@ def largest_dimension(answer):
         if got != wanted:
             d = got if isinstance(got, int) and wanted < got < 20 else max(1, wanted)  # too dear, or affordable
             raise Wrong(
-                f"For {weights} weights and {budget} bits a weight {wanted} is right; you return {got}. The "
+                f"For {weights} weights and {budget} bits per weight {wanted} is right; you return {got}. The "
                 f"table of d = {d} has {d} x {4**d} numbers of 16 bits: {16 * d * 4**d / weights:.4g} bits a "
                 "weight."
             )

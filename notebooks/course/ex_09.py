@@ -31,12 +31,12 @@ def unpack_row(answer: Callable) -> None:
 def bits_a_weight(answer: Callable) -> None:
     got, wanted = answer(256, 256, 4), 8 * 17544 / 65536
     if isinstance(got, float) and abs(got - (wanted + 8 * 1096 / 65536)) < 1e-9:
-        raise Wrong("Codebook and scales are fp16, 2 bytes a number; yours take 4.")
-    expect_close(got, wanted, "bits a weight of [256, 256] with d = 4 (17,544 bytes)", 1e-9)
+        raise Wrong("Codebook and scales are fp16, 2 bytes per number; yours take 4.")
+    expect_close(got, wanted, "bits per weight of [256, 256] with d = 4 (17,544 bytes)", 1e-9)
     got = answer(7, 10, 3)
     if not math.isclose(got, 8 * 100 / 70, rel_tol=1e-9):
         raise Wrong(
-            f"[7, 10] with d = 3 takes 100 bytes, {800 / 70:.4f} bits a weight; you found {got:.4f}. "
+            f"[7, 10] with d = 3 takes 100 bytes, {800 / 70:.4f} bits per weight; you found {got:.4f}. "
             "Vectors, bytes of a row and bytes of signs are rounded up, each by itself."
         )
 
@@ -48,7 +48,7 @@ def code_entropy(answer: Callable) -> None:
         raise Wrong("That is in nats; bits want log2.")
     if isinstance(got, float) and abs(got - 1.0) < 1e-6:
         raise Wrong(
-            "Four codewords used equally often carry 2 bits a vector; you found half of it. Bits a "
+            "Four codewords used equally often carry 2 bits per vector; you found half of it. Bits a "
             "vector are wanted, whatever the number of weights in it."
         )
     expect_close(got, 2.0, "the entropy of four codewords used equally often", 1e-6)

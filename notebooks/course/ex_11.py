@@ -66,10 +66,10 @@ def taken_layers(answer: Callable) -> None:
 
 @exercise
 def steps_needed(answer: Callable) -> None:
-    """4 processes of 4 sequences of 256 tokens see 4096 tokens a step."""
+    """4 processes of 4 sequences of 256 tokens see 4096 tokens per step."""
     got = answer(40_960, 256, 4, 4)
     if got == 40:
-        raise Wrong("40,960 tokens with 4 processes: each sees its own 1024 tokens a step, together 4096.")
+        raise Wrong("40,960 tokens with 4 processes: each sees its own 1024 tokens per step, together 4096.")
     if isinstance(got, float) and not got.is_integer():
         raise Wrong(f"The result is {got}; a number of steps is whole.")
     expect_close(got, 10, "the steps for 40,960 tokens in windows of 256, batches of 4, 4 processes")

@@ -13,13 +13,13 @@ from .exercise import Wrong, exercise, expect_close
 
 @exercise
 def gpu_hours(answer: Callable) -> None:
-    """10^12 parameters, 3600 tokens, 10^12 operations a second: 6 hours, 8 with a teacher."""
+    """10^12 parameters, 3600 tokens, 10^12 operations per second: 6 hours, 8 with a teacher."""
     got = answer(1e12, 3600.0, 1e12, False)
     if got is not None and abs(got - 6 * 3600) < 1:
         raise Wrong("The result is in seconds; an hour has 3600.")
     if got is not None and abs(got - 2) < 1e-6:
         raise Wrong("That is the forward pass alone; the backward pass costs twice as much again.")
-    expect_close(got, 6.0, "the time for 1e12 parameters, 3600 tokens and 1e12 operations a second")
+    expect_close(got, 6.0, "the time for 1e12 parameters, 3600 tokens and 1e12 operations per second")
     got = answer(1e12, 3600.0, 1e12, True)
     if got is not None and abs(got - 12) < 1e-6:
         raise Wrong("The teacher does not learn: it has a forward pass and no backward pass.")

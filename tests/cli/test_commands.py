@@ -143,7 +143,7 @@ def test_a_model_whose_tokenizer_is_missing_is_refused(tiny_gpt2, place, tmp_pat
 
 
 def test_what_is_skipped_is_told(place, tmp_path, capsys):
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=scalar")
     assert call("quantize", *args, "--skip", "down_porj", "--out", tmp_path / "out") == 2
     assert "--skip down_porj: part of no linear layer's name" in capsys.readouterr().err
     assert call("quantize", *args, "--skip", "down_proj", "--out", tmp_path / "out") == 0
@@ -207,7 +207,7 @@ def short(place):
 
 def test_a_model_that_reads_few_positions_goes_all_the_way(short, place, tmp_path, capsys, monkeypatch):
     args = ("--text", place / "text.txt", "--tokens", 128)
-    assert call("quantize", "--model", short, *args, "--codebook", "scalar", "--out", tmp_path / "q") == 0
+    assert call("quantize", "--model", short, *args, "--set", "codebook=scalar", "--out", tmp_path / "q") == 0
     assert call("train", tmp_path / "q", "--teacher", short, *args, "--out", tmp_path / "t") == 0
     capsys.readouterr()
     assert call("generate", tmp_path / "t") == 0
@@ -229,7 +229,7 @@ def test_home_is_written_out_in_every_path(place, packed, tmp_path, monkeypatch)
     for name, source in (("model", place / "model"), ("text.txt", place / "text.txt"), ("p", packed)):
         (tmp_path / name).symlink_to(source)
     args = ("--text=~/text.txt", "--tokens=512")
-    assert call("quantize", "--model=~/model", *args, "--codebook=scalar", "--out=~/q") == 0
+    assert call("quantize", "--model=~/model", *args, "--set=codebook=scalar", "--out=~/q") == 0
     assert call("train", "~/p", "--teacher=~/model", *args, "--out=~/t") == 0
     assert call("export", "~/t", "--out=~/e") == 0 == call("bits", "~/e") == call("generate", "~/q", "--tokens=1")
     for folder in "qte":
@@ -248,7 +248,7 @@ def test_a_tokenizer_that_is_not_saved_and_a_measurement_that_fails_are_notes(
     monkeypatch.setattr(commands, "_say_what_is_left", lambda model: (tmp_path / "q" / "config.json").stat())
     monkeypatch.setattr(commands, "kl_to", lambda *args: broken() if calls else calls.append(0) or measure(*args))
     args = ("--text", place / "text.txt", "--tokens", 512)
-    assert call("quantize", "--model", place / "model", *args, "--codebook", "scalar", "--out", tmp_path / "q") == 0
+    assert call("quantize", "--model", place / "model", *args, "--set", "codebook=scalar", "--out", tmp_path / "q") == 0
     assert call("train", packed, "--teacher", place / "model", *args, "--out", tmp_path / "t") == 0
     assert call("export", packed, "--out", tmp_path / "e") == 0
     err = capsys.readouterr().err
@@ -318,7 +318,7 @@ def test_values_that_mean_nothing_are_refused(args, message, capsys):
 
 
 def test_the_largest_seed_works(place, tmp_path):
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "planes")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=planes")
     assert call("quantize", *args, "--seed", 2**63 - 1, "--out", tmp_path / "out") == 0
     assert (
         call(
@@ -343,7 +343,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, capsys, monkeypatch):
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--codebook", "scalar")
+    args = ("--model", place / "model", "--text", place / "text.txt", "--tokens", 512, "--set", "codebook=scalar")
     assert call("quantize", *args, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "lcqat: I/O error: No space left on device"
     assert not (tmp_path / "out").exists()

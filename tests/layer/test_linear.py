@@ -3,7 +3,7 @@
 Checked: the forward pass for every kind, rotation and odd width; starting latents round to their codes
 whatever the targets, and equal a bit's margin; the scalar grid inside the lattice inside the planes; every
 gradient against the chain rule and finite differences; LSQ's step gradient; dtypes, autocast, copies;
-error messages.
+root mean squares from the smallest to the largest numbers of fp32; error messages.
 """
 
 import copy
@@ -19,8 +19,8 @@ from torch import nn
 from lcqat_min import codebook as cb
 from lcqat_min.codebook.digits import digits_of, index_of
 from lcqat_min.codebook.matrix import CodedMatrix
-from lcqat_min.layer.linear import MARGIN, AffineLinear, QuantLinear, starting_latents
-from lcqat_min.layer.rotation import hadamard, random_signs
+from lcqat_min.layer.linear import MARGIN, AffineLinear, QuantLinear, in_units, root_mean_square, starting_latents
+from lcqat_min.layer.rotation import KEPT, random_signs
 from lcqat_min.systems.free_vq import TableLinear
 from lcqat_min.systems.lsq import StepLinear
 
@@ -356,7 +356,7 @@ def test_a_layer_in_low_precision_says_what_to_do(dtype, generator):
 
 def test_a_layer_first_used_in_inference_mode_still_trains(generator):
     layer, _ = some_layer("planes", 4, 8, 64, "both", generator)
-    hadamard.cache_clear()
+    KEPT.clear()
     with torch.inference_mode():
         layer(torch.ones(1, 64))
     layer(torch.ones(1, 64)).sum().backward()
@@ -398,3 +398,16 @@ def test_repr_says_the_shape_and_what_is_rotated(generator):
     for rotate, words in (("none", "rotated=no"), ("input", "rotated=in"), ("both", "rotated=in+out")):
         layer, _ = some_layer("planes", 2, 3, 6, rotate, generator)
         assert layer.extra_repr() == f"in=6, out=3, {words}"
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-3, 1.0, 1e30, 1e38])
+def test_squares_of_any_size_fit(generator, size):
+    x = torch.randn(7, 5, generator=generator).clamp(-3, 3) * size
+    assert root_mean_square(x) == pytest.approx(x.double().square().mean().sqrt().item(), rel=1e-5)
+    scaled, unit = in_units(x)
+    assert torch.equal(scaled * unit, x) and scaled.abs().max() < 4
+
+
+def test_zeros_have_size_zero():
+    x = torch.nn.Parameter(torch.zeros(3))
+    assert root_mean_square(x) == 0 and in_units(x)[1] == 1

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcqat_min.layer.rotation import MAX_BLOCK, block_of, hadamard, mix, random_signs, rotate, unrotate
+from lcqat_min.layer.rotation import KEPT, MAX_BLOCK, block_of, hadamard, mix, random_signs, rotate, unrotate
 
 WIDTHS = (1, 2, 7, 33, 48, 96, 128, 384, 768)
 
@@ -122,14 +122,14 @@ def test_signs_are_plus_and_minus_one_and_follow_the_generator():
 def test_a_constant_that_was_traced_is_not_kept():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    hadamard.cache_clear()
+    KEPT.clear()
     with FakeTensorMode():
         mix(torch.ones(2, 8))
     torch.testing.assert_close(mix(mix(torch.eye(8))), torch.eye(8))
 
 
 def test_training_can_follow_an_evaluation_in_inference_mode():
-    hadamard.cache_clear()
+    KEPT.clear()
     with torch.inference_mode():
         mix(torch.ones(2, 8))
     x = torch.ones(2, 8, requires_grad=True)

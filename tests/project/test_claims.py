@@ -1,6 +1,6 @@
 """What the README says of the results is true of results/*.json: by more than the spread over seeds, or it fails.
 
-Every number in its prose is listed in NUMBERS, with the test of it.
+Every number in its prose is listed in PHRASES, with the test of it.
 
 pytest tests/project/test_claims.py
 """
@@ -36,8 +36,7 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "ten times": "test_rates_that_flip_codes_did_not_help",
     "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
     "eight weights": "test_one_switch_at_a_time", "four bring": "test_one_switch_at_a_time", "256 times": "test_counts",
-    "1 and": "test_packed_products_on_a_cpu", "4 rows": "test_packed_products_on_a_cpu",
-    "512 VNNI": "the name of an instruction set", "4.5 million": "test_counts",
+    "4.5 million": "test_counts",
 }  # fmt: skip
 
 
@@ -175,18 +174,13 @@ def test_one_switch_at_a_time():
 
 def test_packed_products_on_a_cpu():
     stored = read_results(ROOT / "results" / "packed_cpu.json")
-    assert stored["meta"]["config"]["multiplies_bytes"]
     ratio = {(row["out"], row["codebook"], row["way"], row["batch"]): row["ratio"] for row in stored["rows"]}
-    affine = {name for _, name, _, _ in ratio if name != "table d=4"}
-    for name in affine:
-        assert all(ratio[out, name, "compiled", 1] < 1 for out in (2048, 11008))
-        assert max(ratio[2048, name, "eager", 4], ratio[11008, name, "eager", 4], ratio[11008, name, "eager", 16]) < 1
-        assert all(
-            ratio[out, name, "eager", batch] < 0.8 * ratio[out, "table d=4", "eager", batch]
-            for out in (2048, 11008)
-            for batch in (1, 4)
-        )
-        assert ratio[11008, name, "eager", 16] < 0.8 * ratio[11008, "table d=4", "eager", 16]
+    assert {out for out, *_ in ratio} == {2048, 11008} and stored["generation"] > 1
+    for (_, name, way, batch), value in ratio.items():
+        if batch == 1:
+            assert value > 1 if way == "eager" else value < 1
+        if batch == 256 and name != "planes d=8":
+            assert 0.8 < value < 1.2
 
 
 def test_kernels_were_compiled_without_spills():

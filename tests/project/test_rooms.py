@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from size import CLOSURES, closure, code_lines, imports  # noqa: E402
 
 ROOMS = ["cli", "harness", "packing", "systems", "qat", "ptq", "kernels", "layer", "codebook"]  # from top to bottom
-BELOW = ["language_model", "disk", "cached_tensors", "errors"]
+BELOW = ["language_model", "disk", "errors"]
 PUBLIC = ["__init__", "__main__", "hf"]  # above all rooms
 FILES = sorted(PACKAGE.rglob("*.py"))
 

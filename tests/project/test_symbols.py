@@ -25,7 +25,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "07-build-the-lay
 HEAD = ["symbol", "in code", "shape", "where"]
 SIZES = {"out": 12, "n": 48, "d": 4, "k": 8, "m": 8, "L": 2, "B": 16}  # no two products of interest are equal
 SYMBOLS = (
-    "W", "W_hat", "d", "k", "L", "q", "A", "b", "v", "r", "c", "s_in", "s_out", "H", "C", "index",
+    "W", "W_hat", "d", "L", "q", "A", "b", "v", "r", "c", "s_in", "s_out", "H", "C", "index",
 )  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from lcqat_min.codebook.table import table_start
 from lcqat_min.layer import rotation
 from lcqat_min.layer.linear import AffineLinear, quant_layers
 from lcqat_min.packing.convert import pack_layers
-from lcqat_min.ptq import lcqat, matrix
+from lcqat_min.ptq import lcqat
 from lcqat_min.ptq import model as convert
-from lcqat_min.ptq.method import ROTATIONS, Method
+from lcqat_min.ptq.method import ROTATIONS, Method, sample_vectors
 from lcqat_min.ptq.model import quantize, weight_of
 from lcqat_min.ptq.select import linear_layers
 from lcqat_min.qat.loop import parameter_groups
@@ -212,9 +212,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_plainly(odd_net, batches):
 def test_the_damping_asked_for_is_the_damping_used():
     H = torch.eye(8, dtype=torch.float64)
     for damping in (0.0, 0.05, 0.3):
-        prepared = method(damping=damping).prepare(torch.ones(2, 8), H, (None, None), 4)
-        assert prepared.factor.damping == damping
-        torch.testing.assert_close(prepared.factor.H, (1 + damping) * H.float())
+        _, factor = method(damping=damping).prepare(torch.ones(2, 8), H, (None, None), 4)
+        assert factor.damping == damping
+        torch.testing.assert_close(factor.H, (1 + damping) * H.float())
 
 
 def test_the_scale_of_a_row_maximum(tiny_llama, batches):
@@ -551,17 +551,17 @@ def test_the_start_of_every_fit_beats_the_scalar_grid():
 
 def test_the_error_of_padding_does_not_count():
     X = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).double()
-    prepared = method(rotate="none").prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), 4)
-    assert prepared.W.shape == (2, 36) and (prepared.W[:, 33:] == 0).all()
-    weights = prepared.factor.H.diagonal()
-    assert prepared.factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
+    W, factor = method(rotate="none").prepare(torch.ones(2, 33), X.T @ X / 200, (None, None), 4)
+    assert W.shape == (2, 36) and (W[:, 33:] == 0).all()
+    weights = factor.H.diagonal()
+    assert factor.dead == 0 and (weights[33:] < 0.02 * weights[:33].mean()).all()
 
 
 def test_the_codebook_is_fitted_to_vectors_from_all_columns():
     d, groups = 4, 256
     W = torch.arange(groups).repeat_interleave(d).repeat(64, 1) + 1.0  # every vector tells its place in the row
     for count in (1, 100, 1024, 4096, 10**6):
-        x = matrix.sample_vectors(W, d, count)
+        x = sample_vectors(W, d, count)
         assert len(x) == min(count, 64 * groups)
         assert len(x.unique(dim=0)) > 0.6 * min(len(x), groups)
 
@@ -576,9 +576,7 @@ def test_a_model_that_was_quantized_in_inference_mode_can_be_trained(tiny_llama,
 
 def whole_path(model: nn.Module, batches: list[torch.Tensor], config: Method) -> list[torch.Tensor]:
     """All that comes out of it: quantized, trained for a step, measured, packed; nothing that was kept is used."""
-    for kept in vars(rotation).values():
-        if hasattr(kept, "cache_clear") and not hasattr(kept, "cache_info"):
-            kept.cache_clear()
+    rotation.KEPT.clear()
     teacher = copy.deepcopy(model)
     losses = [report.loss for report in quantize(model, batches, config)]
     losses += [row["loss"] for row in train(model, batches, TrainConfig(1), teacher)]

@@ -33,7 +33,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def inputs_of(model: nn.Module, layer: nn.Module) -> list[Tensor]:
-    """What the layer is fed in BATCHES: one fp64 vector a token."""
+    """What the layer is fed in BATCHES: one fp64 vector per token."""
     seen = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     with torch.no_grad():
