@@ -41,21 +41,13 @@ class TableCodebook(Codebook):
         """Index (integers [...]) -> weights, fp32 [..., d]."""
         return self.table[index.long()]
 
-    def codewords(self) -> Tensor:
-        """All 2^m codewords, fp32 [2^m, d]."""
-        return self.table
-
     def solved(self, x: Tensor, index: Tensor) -> "TableCodebook":
         """The mean of each cell of the vectors x [N, d]; empty cells move to the vectors with the largest errors."""
-        size = len(self.table)
-        count = torch.bincount(index, minlength=size)
+        count = torch.bincount(index, minlength=len(self.table))[:, None]
         total = torch.zeros_like(self.table).index_add_(0, index, x)
-        table = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], self.table)
-        empty = (count == 0).nonzero().flatten()
-        if len(empty):
-            error = (x - self.decode(index)).square().sum(1)
-            worst = error.topk(min(len(empty), len(x))).indices
-            table[empty[: len(worst)]] = x[worst]
+        table = torch.where(count > 0, total / count.clamp(min=1), self.table)
+        empty = (count[:, 0] == 0).nonzero().flatten()[: len(x)]
+        table[empty] = x[(x - self.decode(index)).square().sum(1).topk(len(empty)).indices]
         return TableCodebook(table)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -33,17 +33,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def reading(path: Path, remedy: str) -> Iterator[None]:
     """Say what is wrong with `path`, a file of tensors or of JSON, where reading it in here fails.
 
-    remedy: for a file that is missing or damaged. FileNotFoundError or another OSError for a file that cannot be
-    opened, ValueError for damage.
+    remedy: for a file that is missing or damaged. OSError of the same kind for a file that cannot be opened, ValueError
+    for damage.
     """
     from safetensors import SafetensorError
 
     try:
         open(path, "rb").close()
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: {remedy}") from error
     except OSError as error:
-        raise OSError(f"{path} cannot be read ({error}): try again, or {remedy}") from error
+        raise type(error)(f"{path} cannot be read ({error}): {remedy}") from error
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is truncated or damaged ({error}): {remedy}") from error

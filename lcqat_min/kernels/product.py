@@ -53,9 +53,11 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
         return kernels.launch_fused(h, codes, planes, 3 if dtype == torch.float32 else 2)
     if planes is not None and compiled and not on_gpu(h):
         return by_planes(h, codes, planes, compiled)
-    if dense or compiling or on_gpu(h):  # for a compiler, parts would be nodes of its graph by the thousand
-        return _by_dense(h, codes, book, dtype if on_gpu(h) and not recorded else torch.float32)
-    return by_decoding(h, codes, book)
+    if not (dense or compiling or on_gpu(h)):  # for a compiler, parts would be nodes of its graph by the thousand
+        return by_decoding(h, codes, book)
+    dtype = dtype if on_gpu(h) and not recorded else torch.float32
+    unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)  # fp16 ends at 65504, and D lacks row scales
+    return ((h / unit).to(dtype) @ decode(codes, book, h.shape[1], dtype).T).float() * unit
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -75,14 +77,5 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         torch.testing.assert_close(y, by_decoding(h, codes, planes), rtol=1e-4, atol=1e-4)
         return triton_kernels
     except Exception as error:
-        why = f"does `pip install triton` help? {error!r}"
-        warnings.warn(
-            f"plain torch, which is slower, makes all products on {device}; {why}", RuntimeWarning, stacklevel=3
-        )
+        warnings.warn(f"slower torch works on {device}; does `pip install triton` help? {error!r}", RuntimeWarning, 3)
         return None
-
-
-def _by_dense(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype) -> Tensor:
-    """In `dtype`. fp16 ends at 65504, and D h lacks the row scales: each row of h is in units of its largest number."""
-    unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)
-    return ((h / unit).to(dtype) @ decode(codes, book, h.shape[1], dtype).T).float() * unit

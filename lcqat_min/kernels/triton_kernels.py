@@ -51,8 +51,7 @@ def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -
     partial = h.new_empty((triton.cdiv(blocks, each), columns, rows))
     A, b, codes = planes.A.contiguous(), planes.b.contiguous(), codes.contiguous().view(torch.int8)
     sizes = {"D": planes.dim, "K": planes.bits, "LIMBS": limbs, "BYTES": TILE_BYTES}
-    width = max(LEAST_COLUMNS, triton.next_power_of_2(columns))
-    tile = {"COLUMNS": width, "ROWS": TILE_ROWS, "BYTES": TILE_BYTES, "num_warps": 4, "num_stages": 3}
+    tile = {"COLUMNS": max(LEAST_COLUMNS, triton.next_power_of_2(columns)), "ROWS": TILE_ROWS, "BYTES": TILE_BYTES}
     with torch.cuda.device_of(h):  # Triton launches on the current device
         fold_kernel[tokens, blocks](h.contiguous(), A, b, digits, scale, constant, inputs, tokens, blocks, **sizes)
         fused_kernel[tiles, len(partial)](
@@ -75,8 +74,7 @@ def fold_kernel(
     byte, place = block * BYTES + tl.arange(0, BYTES)[:, None], tl.arange(0, 8)[None, :]
     number = byte * 8 + place  # of the digit, in its row of codes
     vector, k = number // K, number % K
-    folded = tl.zeros((BYTES, 8), tl.float32)
-    offset = tl.zeros((BYTES, 8), tl.float32)
+    folded, offset = tl.zeros((BYTES, 8), tl.float32), tl.zeros((BYTES, 8), tl.float32)
     for i in tl.static_range(D):
         value = tl.load(x + token.to(tl.int64) * inputs + vector * D + i, mask=vector * D + i < inputs, other=0.0)
         folded += value * tl.load(A + i * K + k)
@@ -113,8 +111,8 @@ def fused_kernel(
     for block in range(first, tl.minimum(first + each, blocks)):
         byte = block * BYTES + tl.arange(0, BYTES)
         code = tl.load(start + byte[None, :], mask=(row < rows)[:, None] & (byte < row_bytes)[None, :], other=0) ^ -128
-        high = tl.zeros((ROWS, COLUMNS), tl.int32)  # of the digits in the upper half bytes, 16 times too large
-        low = tl.zeros((ROWS, COLUMNS), tl.int32)
+        # Sums of the digits in the upper half bytes, which are 16 times too large, and in the lower ones.
+        high, low = tl.zeros((ROWS, COLUMNS), tl.int32), tl.zeros((ROWS, COLUMNS), tl.int32)
         for j in tl.static_range(8):
             place = (j * columns + column)[None, :] * (blocks * BYTES) + byte[:, None]
             x = tl.load(digits + place, mask=known[None, :], other=0)

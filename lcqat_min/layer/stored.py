@@ -17,7 +17,6 @@ power of two, which is exact.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,26 +25,27 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import pack_bits, unpack_bits
 from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.table import TableCodebook
+from ..errors import UsageError
 from .linear import QuantLinear, Signs
 
 DTYPES = {"weight": torch.uint8, "signs_in": torch.uint8, "signs_out": torch.uint8, "unit": torch.bfloat16}
 DTYPES |= {"row_scale": torch.float16, "col_scale": torch.float16}  # all others are of the codebook, and fp16
-SMALLEST = 2.0**-24  # above zero, in fp16
-Stored = Mapping[str, Tensor]
+Stored = dict[str, Tensor]
 
 
 @torch.no_grad()
-def tensors_of(layer: QuantLinear) -> dict[str, Tensor]:
-    """The tensors of `layer` as a file keeps them, without the bias. ValueError for a number that fp16 cannot hold."""
+def tensors_of(layer: QuantLinear, name: str = "") -> Stored:
+    """The tensors of `layer` as a file keeps them, without the bias. UsageError for a number that fp16 cannot hold."""
     book, signs = layer.codebook(), {"signs_in": layer.signs_in, "signs_out": layer.signs_out}
     tensors = {"weight": pack_bits(layer.indices(), book.bits), "unit": _unit(layer.row_scale)}
     tensors |= {key: pack_bits((s > 0).long()[None], 1)[0] for key, s in signs.items() if s is not None}
     numbers = {"row_scale": layer.row_scale / tensors["unit"].float(), "col_scale": layer.col_scale, **book.tensors()}
     halves = {key: value.half() for key, value in numbers.items()}
-    if large := [key for key, half in halves.items() if not half.isfinite().all()]:
-        reached = f"{large[0]} reaches {numbers[large[0]].abs().max():.3g}"
-        raise ValueError(f"{reached}, and fp16 ends at 65504: train at a lower rate")
-    halves["row_scale"][halves["row_scale"] == 0] = SMALLEST  # a row of zeros; a learned step divides by it
+    for key, half in halves.items():
+        if not half.isfinite().all():
+            size = f"{numbers[key].abs().max():.3g}, and fp16 ends at 65504"
+            raise UsageError(f"layer {name!r}: {key} reaches {size}: train at a lower rate")
+    halves["row_scale"][halves["row_scale"] == 0] = 2.0**-24  # the least above 0; a learned step divides by it
     return tensors | halves
 
 
@@ -55,12 +55,10 @@ def _unit(row_scale: Tensor) -> Tensor:
     return torch.tensor([2.0 ** max(exponent, -100)], dtype=torch.bfloat16, device=row_scale.device)
 
 
-def layer_from(
-    kind: type[QuantLinear], stored: Stored, bias: Tensor | None, levels: int = 2, **settings
-) -> QuantLinear:
+def layer_from(cls: type[QuantLinear], stored: Stored, bias: Tensor | None, levels: int = 2, **settings) -> QuantLinear:
     """The layer of these tensors, in training again: it starts on its codes. settings: what its `settings` gave."""
     coded = CodedMatrix(codebook_of(stored, levels), indices_of(stored), row_scale_of(stored))
-    layer = kind(coded, len(stored["col_scale"]), bias, signs_of(stored), **settings)
+    layer = cls(coded, len(stored["col_scale"]), bias, signs_of(stored), **settings)
     layer.col_scale.data.copy_(stored["col_scale"])
     return layer
 

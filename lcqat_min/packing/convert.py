@@ -9,13 +9,11 @@ Limits: latents are not stored. Layers that come back from packed ones start on 
 but have lost which codes were about to flip.
 """
 
-from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..layer.linear import QuantLinear, quant_layers
 from ..layer.stored import layer_from, row_scale_of, tensors_of
 from ..systems import layer_of
@@ -28,16 +26,13 @@ def pack_layers(model: nn.Module) -> dict[str, PackedLinear]:
     UsageError for scales or codebooks that fp16 cannot hold.
     """
     layers: dict[str, PackedLinear] = {}
-    owners: dict[Hashable, str] = {}
+    owners: dict[object, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             codebook, tensors, spec = layer.spec.owner or name, layer.stored(), layer.spec
         elif isinstance(layer, QuantLinear):
             codebook = id(getattr(layer, layer.learned[0])) if layer.learned else name
-            try:
-                tensors = tensors_of(layer)
-            except ValueError as error:
-                raise UsageError(f"layer {name!r}: {error}") from error
+            tensors = tensors_of(layer, name)
             shapes = {key: list(value.shape) for key, value in tensors.items()}
             spec = PackedSpec(layer.method, shapes, layer.bias is not None, settings=layer.settings())
         else:

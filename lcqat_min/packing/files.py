@@ -37,9 +37,7 @@ README = """
     from transformers import {kind}
     model = {kind}.from_pretrained("this folder"{trust})
 
-```
-{bits}
-```
+    {bits}
 """
 
 
@@ -71,7 +69,8 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     plain.config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "layers": specs}
     plain.config.dtype = dtype or model.dtype
     trust = ", trust_remote_code=True" if model._auto_class else ""
-    readme = README.format(kind=model._auto_class or type(model).__name__, trust=trust, bits=bits)
+    table = str(bits).replace("\n", "\n    ")
+    readme = README.format(kind=model._auto_class or type(model).__name__, trust=trust, bits=table)
     write_folder(plain, tensors, Path(folder), readme)
     return bits
 
@@ -83,12 +82,18 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
     that is missing or cannot be read; ValueError for one that is not packed, of another version or damaged, and for a
     model whose code is not part of transformers.
     """
+    import transformers
+
     from . import hf  # noqa: F401  registers the reader
 
     folder = Path(folder).expanduser()
     config = config_of(folder)
     declared_specs(config.get("quantization_config") or {}, folder)
-    model = _class_of(config, folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    if not hasattr(transformers, kind) or "auto_map" in config:
+        remedy = f"if you trust it, import lcqat_min.hf and load {folder} as its README.md says"
+        raise UsageError(f"the code of {kind} is not part of transformers: {remedy}")
+    model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if trainable:
         model.requires_grad_(True)
         for name, layer in unpack_layers(model).items():
@@ -96,19 +101,6 @@ def load_packed(folder: str | Path, trainable: bool = False) -> nn.Module:
         model.hf_quantizer.remove_quantization_config(model)
         mark(model)
     return model
-
-
-def _class_of(config: dict, folder: Path) -> type:
-    """The class of transformers that was saved in `folder`; ValueError for one of another origin."""
-    import transformers
-
-    name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    if not hasattr(transformers, name) or "auto_map" in config:
-        trust = f"load {folder} with trust_remote_code=True, by the class that its README.md names"
-        raise UsageError(
-            f"the code of {name} is not part of transformers. If you trust it: import lcqat_min.hf, {trust}"
-        )
-    return getattr(transformers, name)
 
 
 @torch.no_grad()
@@ -126,8 +118,9 @@ def export_dense(model: nn.Module, folder: str | Path) -> None:
         # Conv1D stores the transpose.
         tensors[f"{name}.weight"] = weight if isinstance(plain.get_submodule(name), nn.Linear) else weight.T
     # Some architectures are renamed or fused while they are loaded: write what their published checkpoints hold.
-    published = revert_weight_conversion(plain, tensors)
-    write_folder(plain, {key: value.clone() for key, value in published.items()}, Path(folder))  # no slices
+    published = revert_weight_conversion(plain, dict(tensors))
+    whole = {key: value if key in tensors else value.clone() for key, value in published.items()}  # no slices
+    write_folder(plain, whole, Path(folder))
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], dict[str, PackedLinear]]:
@@ -145,8 +138,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
         raise UsageError(f"{away[0]!r} is not in memory (meta device, or offloaded): load the model without device_map")
     tied = {key: source for key, source in model.all_tied_weights_keys.items() if {key, source} <= tensors.keys()}
     if untied := [key for key, source in tied.items() if tensors[key] is not tensors[source]]:
-        remedy = "set model.config.tie_word_embeddings = False and call model.tie_weights(), or tie it again"
-        raise UsageError(f"{untied[0]!r} has a weight of its own, but its configuration says that it is tied: {remedy}")
+        raise UsageError(f"{untied[0]!r} is not tied: do that, or set tie_word_embeddings = False in the configuration")
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     for key in ("quantization_config", "transformers_weights", "auto_map"):  # of the original's files
@@ -158,6 +150,5 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, Tensor], d
     found = {key: value.shape for key, value in tensors.items()}
     found |= {key: built.get(key) for key in (f"{name}.weight" for name in layers)}
     if strange := sorted(key for key, _ in built.items() ^ found.items()):
-        remedy = "loaded again, it would not be the same. Merge or remove what was added to it (adapters, wrappers)"
-        raise UsageError(f"the model has other tensors than its configuration builds, {strange[0]!r} first: {remedy}")
+        raise UsageError(f"{strange[0]!r} is not as the configuration builds it: merge or remove what was added")
     return model, plain, {key: value for key, value in tensors.items() if key not in tied}, layers

@@ -31,8 +31,7 @@ def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
     """
     method, version = settings.get("quant_method"), settings.get("version")
     if method != QUANT_METHOD:
-        remedy = "load it with transformers, or give a folder that save_packed wrote"
-        raise UsageError(f"{folder} is not a packed model of lcqat_min (quant_method: {method}): {remedy}")
+        raise UsageError(f"{folder} is not a packed model (quant_method: {method}): load it with transformers")
     if version == IN_TRAINING["version"]:
         remedy = "quantize the original again, load_state_dict the tensors of this folder, and call save_packed"
         raise UsageError(f"{folder} was written by save_pretrained from a model in training: {remedy}")
@@ -52,7 +51,7 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
     """
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, tuple] = {}
     for file in files:
         with reading(file, REMEDY), safe_open(file, framework="pt") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}

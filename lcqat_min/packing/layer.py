@@ -10,7 +10,7 @@ On GPUs, products of many rows in half precision are the exception.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class PackedSpec:
     shapes: dict[str, list[int]]
     bias: bool = False
     owner: str = ""
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, owner: bool = True) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor that the layer stores, with the codebook or, if it has an owner, without."""

@@ -75,14 +75,14 @@ def bits_per_weight(model: nn.Module, dtype: torch.dtype | None = None) -> Bits:
     for layer in layers.values():
         for key, value in layer.named_buffers():
             parts[PART_OF.get(key, "codebooks")] += 8 * value.nbytes
-    quantized = parameters = sum(layer.in_features * layer.out_features for layer in layers.values())
-    linear = {id(layer.weight): layer.weight.numel() for _, layer in linear_layers(model)}
+    weights = parameters = sum(layer.in_features * layer.out_features for layer in layers.values())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding) or layer is head}
+    ends = [layer for layer in model.modules() if isinstance(layer, nn.Embedding) or id(layer) == id(head)]
+    linear = [layer for _, layer in linear_layers(model)]
+    kinds = {id(layer.weight): "embeddings" for layer in ends} | {id(layer.weight): "linear layers" for layer in linear}
     for value in {id(value): value for value in unquantized(model, layers).values()}.values():  # tied ones once
         is_parameter = isinstance(value, nn.Parameter)
         width = dtype if dtype and is_parameter and value.is_floating_point() else value.dtype
-        part = "linear layers" if id(value) in linear else "embeddings" if id(value) in embeddings else "other"
-        parts[part] += 8 * width.itemsize * value.numel()
+        parts[kinds.get(id(value), "other")] += 8 * width.itemsize * value.numel()
         parameters += value.numel() if is_parameter else 0
-    return Bits(parts, quantized or sum(linear.values()), parameters)
+    return Bits(parts, weights or sum(layer.weight.numel() for layer in linear), parameters)

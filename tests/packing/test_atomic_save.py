@@ -332,9 +332,7 @@ def test_code_that_came_with_a_model_is_saved_beside_it(tiny_llama, tmp_path, mo
     to_storage_precision(model)
     save_packed(model, tmp_path / "packed")
     export_dense(model, tmp_path / "dense")
-    with pytest.raises(
-        ValueError, match=r"code of MineForCausalLM is not part .* load .*packed with trust_remote_code"
-    ):
+    with pytest.raises(ValueError, match=r"code of MineForCausalLM is not part .* load .*packed as its README.md says"):
         load_packed(tmp_path / "packed")
     readme = (tmp_path / "packed" / "README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)' in readme
@@ -351,7 +349,7 @@ def test_a_class_of_the_callers_own_is_not_loaded_as_another(model, tmp_path):
 
     model.__class__ = Mine
     save_packed(model, tmp_path / "model")
-    with pytest.raises(ValueError, match=r"code of Mine is not part of transformers.*class that its README.md names"):
+    with pytest.raises(ValueError, match=r"code of Mine is not part of transformers.*as its README.md says"):
         load_packed(tmp_path / "model")
     assert "model = Mine.from_pretrained" in (tmp_path / "model" / "README.md").read_text()
     assert same(Mine.from_pretrained(tmp_path / "model"), model)
