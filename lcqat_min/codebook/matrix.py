@@ -40,7 +40,7 @@ class Codebook(Protocol):
         return self
 
     def as_planes(self) -> Any:
-        """The same codebook, index by index, as an AffineCodebook with digits of two levels; None where there is none."""
+        """The same codebook, index by index, as an AffineCodebook of two levels per digit; None if there is none."""
         return None
 
     def codewords(self) -> Tensor:
