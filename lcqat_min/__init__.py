@@ -2,6 +2,22 @@
 
     from lcqat_min import LCQAT, TrainConfig, quantize, train, perplexity
 
+Letters mean the same everywhere, here and in micro.py:
+
+    W, W_hat     weight_of, QuantLinear.weight  [out, n]          a weight matrix, and what the layer multiplies by
+    d, k         AffineCodebook.dim             integers          weights in a vector, digits in a vector
+    m            Codebook.bits                  integer           bits of a codebook index
+    q            digits_of(index)               [..., k]          centred digits: -1, +1 or -1.5 ... +1.5
+    A, b         AffineCodebook.A, .b           [d, k], [d]       the codebook: A q + b
+    T            TableCodebook.table            [2^m, d]          the codebook that is a table
+    v            AffineLinear.latent            [out, n k / d]    latents: what trains, and rounds to q
+    D            QuantLinear.decoded            [out, n]          decoded weights, before scales and rotation
+    r, c         row_scale, col_scale           [out], [n]        scales of the rows of codes, and of the inputs
+    U            hadamard                       [B, B]            Hadamard matrix, for each block of B columns
+    s_in, s_out  signs_in, signs_out            [n], [out]        random signs of the rotation
+    H            Moments.H                      [n, n]            second moments of a layer's inputs
+    C, L         Factor.C, _feedback_of         [n, n]            Cholesky factor of H, and the feedback made of it
+
 README.md says what is in which folder. Rounding, training and measuring need only torch and the standard library;
 checkpoints need safetensors, and progress bars tqdm. With numpy, rounding is faster. micro.py is all of it in one file.
 """

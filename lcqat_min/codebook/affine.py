@@ -1,14 +1,15 @@
 """Codebooks of 2 bits per weight: one formula, and the lookup table that it replaces.
 
-A codebook turns an m-bit index into a vector of d weights. At 2 bits a weight m = 2 d.
+A codebook turns an m-bit index into a vector of d weights. At 2 bits per weight m = 2 d.
 
-    affine   w_hat = A q + b     A [d, k], b [d], q in Q^k   (LC-QAT, arXiv 2606.10531; UniSVQ, 2606.10520)
+    affine   w_hat = A q + b     A [d, k], b [d], q: digits    (LC-QAT, arXiv 2606.10531; UniSVQ, 2606.10520)
     table    w_hat = T[index]    T [2^m, d]                  (k-means, LBG; what AQLM and GPTVQ store)
 
-`q` holds k digits of L levels each, centred at zero. Three affine codebooks differ in A and L alone. The mean
-squared error (MSE) is that of fresh weights, drawn like those of the fit; tests/codebook/test_codebook.py measures it.
+`q` holds k digits of two or four levels each, centred at zero. Three affine codebooks differ only in A and in the
+levels. The mean squared error (MSE) is that of fresh weights, drawn like those of the fit;
+tests/codebook/test_codebook.py measures it.
 
-    name          d   k   L   digits                 learned numbers   MSE on N(0,1)
+    name          d   k  lev. digits                 learned numbers   MSE on N(0,1)
     scalar        1   1   4   -1.5 -0.5 +0.5 +1.5       2               0.119
     tied planes   4   4   4   the same                 20               0.119    the paper's, z = q + 1.5
     untied planes 4   8   2   -1 +1                    36               0.098    frame_planes
@@ -129,14 +130,14 @@ def lattice(dim: int = 4, step: float = 1.0) -> AffineCodebook:
 
 
 def frame_planes() -> AffineCodebook:
-    """Untied planes for d = 4 with one number, their length: A = 0.75 [I | C / sqrt(3)], MSE 0.098 on N(0,1).
+    """Untied planes for d = 4 with one number, their length: A = 0.75 [I | K / sqrt(3)], MSE 0.098 on N(0,1).
 
-    C is a skew conference matrix: zero diagonal, +-1 elsewhere, C C^T = 3 I. So all eight columns are equally long,
+    K is a skew conference matrix: zero diagonal, +-1 elsewhere, K K^T = 3 I. So all eight columns are equally long,
     any two meet at a right angle or at a cosine of 1 / sqrt(3), and A A^T is a multiple of I: a tight frame.
     Fits from random starts end 2 to 4 % higher; fits from here stay here.
     """
-    C = torch.tensor([[0.0, 1, 1, 1], [-1, 0, 1, -1], [-1, -1, 0, 1], [-1, 1, -1, 0]], dtype=FP32)
-    A = 0.75 * torch.cat([torch.eye(4, dtype=FP32), C / 3**0.5], dim=1)
+    K = torch.tensor([[0.0, 1, 1, 1], [-1, 0, 1, -1], [-1, -1, 0, 1], [-1, 1, -1, 0]], dtype=FP32)
+    A = 0.75 * torch.cat([torch.eye(4, dtype=FP32), K / 3**0.5], dim=1)
     return AffineCodebook(A, torch.zeros(4, dtype=FP32), levels=2)
 
 

@@ -1,14 +1,14 @@
 """The layer: a linear map whose weight is decoded from codes on every forward pass, and trains end to end.
 
     y = x W_hat^T + bias
-    W_hat = s_out * H_out [ r * D ] H_in * s_in * c
+    W_hat = s_out * U_out [ r * D ] U_in * s_in * c
 
     D        decoded weights: A q + b for each vector of d weights along the inputs      (codebook/affine.py)
     r        row_scale [out], in the basis of the codes; learned
-    H, s     block-Hadamard matrices and fixed random signs; absent when not rotated     (layer/rotation.py)
+    U, s     block-Hadamard matrices and fixed random signs; absent when not rotated     (layer/rotation.py)
     c        col_scale [in], in the basis of the inputs; learned
 
-LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* of H_out; ours is inside, so that each row of codes has
+LC-QAT's SU is s_in * c. Its SV is s_out times a scale *outside* of U_out; ours is inside, so that each row of codes has
 a scale of its own from the start.
 
 QuantLinear is what all layers share. A kind of layer says how its weights are decoded, which indices they stand for,

@@ -1,16 +1,16 @@
 """Block-Hadamard rotation with random signs: spread outliers before rounding, and undo it exactly after.
 
-A rotation of a vector x in R^n is R x = H (s * x): flip signs by s in {-1, +1}^n, then mix each block of
-B = 2^p coordinates by the orthonormal Sylvester-Hadamard matrix H_B (entries +-1/sqrt(B), symmetric, its own
+A rotation of a vector x in R^n is R x = U (s * x): flip signs by s in {-1, +1}^n, then mix each block of
+B = 2^p coordinates by the orthonormal Sylvester-Hadamard matrix U_B (entries +-1/sqrt(B), symmetric, its own
 inverse).
 
-    H_1 = [1]        H_2B = 1/sqrt(2) [ H_B   H_B ]
-                                      [ H_B  -H_B ]
+    U_1 = [1]        U_2B = 1/sqrt(2) [ U_B   U_B ]
+                                      [ U_B  -U_B ]
 
 One large weight becomes B weights of 1/sqrt(B) its size, so a 4-level grid no longer has to stretch to reach
 it. Both sides of a layer y = W x can be rotated; in the rotated basis the weight is
 
-    W_r = H_out (s_out * W * s_in) H_in          W = s_out * (H_out W_r H_in) * s_in
+    W_r = U_out (s_out * W * s_in) U_in          W = s_out * (U_out W_r U_in) * s_in
 
 (QuIP#, UniSVQ; LC-QAT's release fixes B = 128.) B is the largest power of two that divides the width, at most
 MAX_BLOCK. An odd width has B = 1: nothing is mixed and only signs flip.
@@ -46,13 +46,13 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32, device: str | torch.
     if (size, dtype, device) in KEPT:
         return KEPT[size, dtype, device]
     with torch.inference_mode(False):  # a matrix that is first needed in an evaluation must also serve training
-        H = torch.ones(1, 1, dtype=torch.float64)
-        while len(H) < size:
-            H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
-        H = (H / size**0.5).to(dtype=dtype, device=device)
-    if type(H) is Tensor:  # a program that is traced (torch.export, FakeTensorMode) makes a tensor without numbers
-        KEPT[size, dtype, device] = H
-    return H
+        U = torch.ones(1, 1, dtype=torch.float64)
+        while len(U) < size:
+            U = torch.cat([torch.cat([U, U], dim=1), torch.cat([U, -U], dim=1)])
+        U = (U / size**0.5).to(dtype=dtype, device=device)
+    if type(U) is Tensor:  # a program that is traced (torch.export, FakeTensorMode) makes a tensor without numbers
+        KEPT[size, dtype, device] = U
+    return U
 
 
 def mix(x: Tensor) -> Tensor:

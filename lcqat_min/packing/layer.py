@@ -1,6 +1,6 @@
 """The packed layer: codes as bytes, side data as 16-bit floats, and never a whole dense weight.
 
-    y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias        D = decode(codes) [out, in]
+    y = s_out * U_out ( r * D ( U_in (s_in * c * x) ) ) + bias        D = decode(codes) [out, in]
 
 In training the dense weight is decoded, rotated and scaled (layer/linear.py). Here the activations are, which is the
 same map; how D is multiplied is the choice of kernels/. The tensors are those of layer/stored.py. Everything is
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
         return indices_of(self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = s_out * H_out ( r * D ( H_in (s_in * c * x) ) ) + bias: x [..., in] -> [..., out] in the dtype of x.
+        """y = s_out * U_out ( r * D ( U_in (s_in * c * x) ) ) + bias: x [..., in] -> [..., out] in the dtype of x.
 
         ValueError where x holds integers or does not have `in` features.
         """

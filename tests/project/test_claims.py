@@ -188,9 +188,9 @@ def test_kernels_were_compiled_without_spills():
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"} and not any(row["spills"] for row in rows)
 
 
-def test_compare_takes_about_eight_minutes(methods):
+def test_compare_takes_at_most_about_ten_minutes(methods):
     seconds = sum(row["seconds_ptq"] + row["seconds_qat"] for rows in methods.values() for row in rows) / 3
-    assert 6 * 60 < seconds < 9 * 60 and "about eight minutes on 2 cores" in README
+    assert 6 * 60 < seconds < 10 * 60 and "about ten minutes on 2 cores" in README
 
 
 def test_counts():

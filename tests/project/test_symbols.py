@@ -23,9 +23,9 @@ from lcqat_min.systems.free_vq import TableLinear
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "07-build-the-layer.ipynb"
 HEAD = ["symbol", "in code", "shape", "where"]
-SIZES = {"out": 12, "n": 48, "d": 4, "k": 8, "m": 8, "L": 2, "B": 16}  # no two products of interest are equal
+SIZES = {"out": 12, "n": 48, "d": 4, "k": 8, "m": 8, "levels": 2, "B": 16}  # no two products of interest are equal
 SYMBOLS = (
-    "W", "W_hat", "d", "L", "q", "A", "b", "v", "r", "c", "s_in", "s_out", "H", "C", "index",
+    "W", "W_hat", "d", "levels", "q", "A", "b", "v", "r", "c", "s_in", "s_out", "U", "H", "C", "index",
 )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def number(factor: str) -> int:
 def test_every_symbol_of_the_formulas_has_a_row():
     letters = [re.split(r"[,\s]", row[0])[0] for row in ROWS]
     assert set(SYMBOLS) <= set(letters)
-    assert letters.count("H") == 2, "Hadamard matrix and second moments"
+    assert all(letters.count(letter) == 1 for letter in letters if letter != "index"), "one meaning per letter"
     assert all(len(row) == len(HEAD) for row in ROWS)
 
 
