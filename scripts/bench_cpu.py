@@ -32,8 +32,8 @@ from lcqat_min import codebook as cb
 from lcqat_min.harness.compare import RECIPES
 from lcqat_min.harness.results import describe, write_json
 from lcqat_min.layer.linear import AffineLinear, Rounded
-from lcqat_min.ptq.ldlq import feedback_round, plain_round, row_scales
 from lcqat_min.ptq.lcqat import normal_codebook
+from lcqat_min.ptq.ldlq import feedback_round, plain_round, row_scales
 from lcqat_min.ptq.model import quantize
 from lcqat_min.ptq.moments import factorize
 from lcqat_min.qat.config import TrainConfig

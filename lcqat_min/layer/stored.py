@@ -42,14 +42,15 @@ def tensors_of(layer: QuantLinear) -> dict[str, Tensor]:
 
 
 def layer_from(
-    kind: type[QuantLinear], stored: Mapping[str, Tensor], inputs: int, bias: Tensor | None, levels: int = 2, **settings
+    kind: type[QuantLinear], stored: Mapping[str, Tensor], inputs: int, bias: Tensor | None, settings: dict
 ) -> QuantLinear:
     """The layer of these tensors, in training again: it starts on its codes. settings: what its `settings` gave."""
-    book = codebook_from(stored, levels)
+    others = {key: value for key, value in settings.items() if key != "levels"}
+    book = codebook_from(stored, settings.get("levels", 2))
     index = unpack_bits(stored["weight"], book.bits, -(-inputs // book.dim))
     s_in = unpack_signs(stored["signs_in"], inputs) if "signs_in" in stored else None
     s_out = unpack_signs(stored["signs_out"], len(index)) if "signs_out" in stored else None
-    layer = kind(CodedMatrix(book, index, row_scale_of(stored)), inputs, bias, (s_in, s_out), **settings)
+    layer = kind(CodedMatrix(book, index, row_scale_of(stored)), inputs, bias, (s_in, s_out), **others)
     layer.col_scale.data.copy_(stored["col_scale"])
     return layer
 

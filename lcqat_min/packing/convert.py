@@ -58,7 +58,7 @@ def unpack_layers(layers: dict[str, PackedLinear]) -> dict[str, QuantLinear]:
     made = {}
     for name, layer in layers.items():
         kind, spec = layer_of(layer.spec.method), layer.spec
-        made[name] = layer_from(kind, layer.stored(), spec.inputs, layer.bias, **spec.settings)
+        made[name] = layer_from(kind, layer.stored(), spec.inputs, layer.bias, spec.settings)
         if spec.owner in made:
             for key in kind.learned:
                 setattr(made[name], key, getattr(made[spec.owner], key))
