@@ -8,15 +8,12 @@ there, and those that it can do better.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .search import Search, nearest
-
-if TYPE_CHECKING:
-    from .affine import AffineCodebook
 
 
 class Codebook(Protocol):
@@ -42,8 +39,8 @@ class Codebook(Protocol):
         """The codebook moved on by `momentum` times its change since `previous`; itself where that does not pay."""
         return self
 
-    def as_planes(self) -> "AffineCodebook | None":
-        """The same codebook, index by index, as an affine map of digits of two levels; None where there is none."""
+    def as_planes(self) -> Any:
+        """The same codebook, index by index, as an AffineCodebook of two levels; None where there is no such form."""
         return None
 
     def codewords(self) -> Tensor:

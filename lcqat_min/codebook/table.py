@@ -4,7 +4,8 @@ It is free to be any set of vectors, so no other codebook of its size fits bette
 index has no digits that could be trained, and it stores 2^m d numbers (k-means, LBG; what AQLM and GPTVQ store).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class TableCodebook(Codebook):
         """All 2^m codewords, fp32 [2^m, d]."""
         return self.table
 
-    def solved(self, x: Tensor, index: Tensor) -> "TableCodebook":
+    def solved(self, x: Tensor, index: Tensor) -> Self:
         """The mean of each cell of the vectors x [N, d]; empty cells move to the vectors with the largest errors."""
         size = len(self.table)
         count = torch.bincount(index, minlength=size)
@@ -56,14 +57,14 @@ class TableCodebook(Codebook):
             error = (x - self.decode(index)).square().sum(1)
             worst = error.topk(min(len(empty), len(x))).indices
             table[empty[: len(worst)]] = x[worst]
-        return TableCodebook(table)
+        return replace(self, table=table)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: the table."""
         return {"table": self.table}
 
-    def to(self, device: torch.device | str) -> "TableCodebook":
-        return TableCodebook(self.table.to(device))
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, table=self.table.to(device))
 
 
 def table_start(x: Tensor, size: int, generator: torch.Generator) -> TableCodebook:
