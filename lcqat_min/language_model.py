@@ -9,7 +9,7 @@ padded to one length, `attention_mask`, both [B, T]. Padding counts nowhere. A m
 
     model(input_ids=ids, use_cache=False).logits                 [B, T, vocabulary]
 
-Limits: of what may be padding without a mask, only long runs of a padding token of its own are noticed.
+Limits: padding without a mask is noticed only where its token is not also the end of a text.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 
-WRAP = "wrap it in a module that is called as model(input_ids=ids [B, T], use_cache=False).logits [B, T, vocabulary]"
+WRAP = "wrap it in a module called as model(input_ids=ids, use_cache=False).logits: ids [B, T] to [B, T, vocabulary]"
 
 Batch: TypeAlias = Tensor | Mapping[str, Tensor]
 

@@ -32,6 +32,7 @@ Scales are not part of a codebook: it serves weights of about unit variance, the
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -89,24 +90,24 @@ class AffineCodebook(Codebook):
 
         return nearest_by_halves(self.A, self.b, self.levels, metrics)
 
-    def as_planes(self) -> "AffineCodebook":
+    def as_planes(self) -> Self:
         """A digit of four levels is hi + lo / 2, so its column of A becomes two: A and A / 2."""
         if self.levels == 2:
             return self
         columns = torch.stack([self.A, self.A / 2], dim=2)  # hi0 lo0 hi1 lo1 ...: the bits keep their order
-        return AffineCodebook(columns.flatten(1), self.b, 2)
+        return replace(self, A=columns.flatten(1), levels=2)
 
-    def solved(self, x: Tensor, index: Tensor) -> "AffineCodebook":
+    def solved(self, x: Tensor, index: Tensor) -> Self:
         """The least-squares (A, b) for vectors x [N, d] with these codes; fp64 normal equations, (k + 1) x (k + 1)."""
         q = nn.functional.pad(self.digits(index), (0, 1), value=1.0).double()
         normal = q.T @ q + 1e-6 * torch.eye(q.shape[1]).to(q)  # a digit may be constant here
         return self.with_map(torch.linalg.solve(normal, q.T @ x.double()).T)
 
-    def with_map(self, both: Tensor) -> "AffineCodebook":
+    def with_map(self, both: Tensor) -> Self:
         """The codebook of these levels with [A | b], any dtype, [d, k + 1]."""
         return replace(self, A=both[:, :-1].float().contiguous(), b=both[:, -1].float().contiguous())
 
-    def ahead_of(self, previous: "AffineCodebook", momentum: float) -> "AffineCodebook":
+    def ahead_of(self, previous: Self, momentum: float) -> Self:
         """A changes slowly and in one direction for many rounds; b does not."""
         return replace(self, A=self.A + momentum * (self.A - previous.A))
 
@@ -115,7 +116,7 @@ class AffineCodebook(Codebook):
         planes = self.as_planes()
         return {"A": planes.A, "b": planes.b}
 
-    def to(self, device: torch.device | str) -> "AffineCodebook":
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, A=self.A.to(device), b=self.b.to(device))
 
 

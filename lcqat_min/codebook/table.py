@@ -4,7 +4,8 @@ It is free to be any set of vectors, so no other codebook of its size fits bette
 index has no digits that could be trained, and it stores 2^m d numbers (k-means, LBG; what AQLM and GPTVQ store).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class TableCodebook(Codebook):
         """What a file stores: the table."""
         return {"table": self.table}
 
-    def to(self, device: torch.device | str) -> "TableCodebook":
-        return TableCodebook(self.table.to(device))
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, table=self.table.to(device))
 
 
 def table_start(x: Tensor, size: int, generator: torch.Generator) -> TableCodebook:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 from ..codebook.digits import index_of
-from ..codebook.matrix import CodedMatrix
+from ..codebook.matrix import Codebook, CodedMatrix
 from .rotation import mix, unrotate
 from .surrogate import round_to_levels, sign_of
 
@@ -41,11 +41,7 @@ MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundar
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias and the forward pass. A kind of layer is a subclass of it, which also has
-
-        decoded()     D, fp32 [out, in padded to whole vectors], with gradient: weights in the basis of the codes
-        indices()     the codebook index of every vector as the forward pass uses it, int64 [out, vectors]
-        codebook()    what the indices stand for: a Codebook in fp32, without gradient
+    """Scales, rotation, bias and the forward pass. A subclass gives the methods that raise here.
 
     coded: the codes and scales to start from. in_features: may be less than the columns of codes, which are padded.
     signs: of the rotation, for the inputs and the outputs.
@@ -63,6 +59,18 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.register_buffer("signs_in", signs[0])
         self.register_buffer("signs_out", signs[1])
+
+    def decoded(self) -> Tensor:
+        """D: weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors], with gradient."""
+        raise NotImplementedError
+
+    def indices(self) -> Tensor:
+        """The codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
+        raise NotImplementedError
+
+    def codebook(self) -> Codebook:
+        """What the indices stand for, in fp32, without gradient."""
+        raise NotImplementedError
 
     def settings(self) -> dict[str, object]:
         """Arguments that bring the layer back from a file, besides tensors, as plain JSON values."""

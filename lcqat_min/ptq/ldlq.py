@@ -9,10 +9,10 @@ OPTQ/GPTQ for vectors of one weight) lets them. Factor H = C C^T (Cholesky, C lo
 blocks of d columns, and go from the last vector of columns to the first:
 
     t_k     = W_k + sum_{j>k} (W_j - W_hat_j) L_jk           weight + carried error, L_jk = C_jk C_kk^-1
-    W_hat_k = nearest codeword to t_k in the metric C_kk     i.e. least | C_kk^T (t_k - W_hat_k) |^2
+    W_hat_k = nearest codeword to t_k in the metric C_kk     i.e. smallest | C_kk^T (t_k - W_hat_k) |^2
 
 Then loss = sum_k | C_kk^T (t_k - W_hat_k) |^2 exactly: what is left over is each vector's own rounding error.
-The metric matters for d > 1: the nearest codeword in plain distance is not the one of least loss.
+The metric matters for d > 1: the nearest codeword in plain distance is not the one of the smallest loss.
 
 The sums over later columns are taken for FEEDBACK_BLOCK columns at once, so almost all work is matrix
 products. For each row, several scales are tried, with and without feedback, and the best is kept: feedback
@@ -21,8 +21,8 @@ never loses to plain rounding.
 Limits: the codes are found greedily, once, vector by vector.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> 
             vector = slice(k, k + d)
             target[vector].addmm_(L[vector, k + d : end], error[k + d : end])  # from this block
             index[k // d] = search(target[vector], k // d)
-            error[vector] -= words.index_select(1, index[k // d])
+            error[vector].sub_(words.index_select(1, index[k // d]))
     return index.T, target.T
 
 
@@ -104,19 +104,17 @@ def round_matrix(
         got = f"rows of {n} weights, moments of {len(factor.H)} inputs, vectors of {d} weights"
         raise UsageError(f"{got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
-        raise UsageError("round_matrix: the weights hold NaN or infinity. Check where they come from.")
+        raise UsageError("the weights hold NaN or infinity. Check where they come from.")
     return reduce(_better_rows, _candidates(W, factor, codebook, torch.stack(list(scales)), feedback))
 
 
 def _candidates(W: Tensor, factor: Factor, codebook: Codebook, scales: Tensor, feedback: bool) -> Iterator[Rounded]:
     """W rounded at each of `scales`, fp32 [candidates, out]: plainly and, if asked, with feedback."""
+    methods: list[Callable] = [plain_round, partial(ldlq_round, factor=factor)] if feedback else [plain_round]
     words = codebook.codewords()  # decodes 8 times faster than the formula, for the price of a lookup
     for group in scales.split(max(1, TALL_ELEMENTS // W.numel())):
-        tall, tall_scale = W.repeat(len(group), 1), group.flatten()
-        found = [plain_round(tall, tall_scale, codebook)]
-        if feedback:
-            found.append(ldlq_round(tall, tall_scale, codebook, factor))
-        for indices, targets in found:
+        for method in methods:
+            indices, targets = method(W.repeat(len(group), 1), group.flatten(), codebook)
             for index, scale, target in zip(indices.split(len(W)), group, targets.split(len(W)), strict=True):
                 loss = proxy_loss(words[index].flatten(1) * scale[:, None] - W, factor.H)
                 yield Rounded(CodedMatrix(codebook, index, scale), target, loss)

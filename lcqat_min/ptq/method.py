@@ -12,7 +12,7 @@ name. CONTRIBUTING.md has a complete example. A method may use as much of the re
                round 0   at the best of a few scales per row, SCALE_FACTORS times its root mean square
                refits    (A, b) by least squares on the layer's outputs, and codes again at NEARBY times those scales
 
-A refit counts only where it lowers the proxy loss of the whole matrix.
+A refit counts only where it lowers the proxy loss of the whole matrix; the first that does not is the last.
 
 Limits: each matrix is rounded by itself, from the second moments of the unquantized model.
 """
@@ -52,9 +52,8 @@ class Method:
     def __post_init__(self) -> None:
         self.check("rotate", ROTATIONS)
         if not 0 <= self.damping < 1 or self.refits < 0:
-            raise UsageError(
-                f"damping is {self.damping} and refits {self.refits}: give a share below 1 and a count, from 0"
-            )
+            got = f"damping is {self.damping} and refits {self.refits}"
+            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and refits a count, 0 or more")
 
     def check(self, name: str, allowed: Sequence[str]) -> None:
         """UsageError where the field `name` has none of the values `allowed`."""

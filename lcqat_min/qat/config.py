@@ -52,9 +52,8 @@ class TrainConfig:
             if (value := getattr(self, name)) < 1:
                 raise UsageError(f"TrainConfig.{name} is {value}; it must be at least 1")
         if not 0 <= min(self.warmup, self.decay) <= self.warmup + self.decay <= 1:
-            raise UsageError(
-                f"warmup is {self.warmup} and decay {self.decay}: give shares of the steps, at most 1 in all"
-            )
+            shares = f"TrainConfig.warmup is {self.warmup} and decay {self.decay}"
+            raise UsageError(f"{shares}; they are shares of the steps: each at least 0, together at most 1")
         rates = {group: getattr(self, f"lr_{group}") for group in GROUPS}
         if not all(rate >= 0 for rate in rates.values()):
             raise UsageError(f"TrainConfig has learning rates {rates}; each must be at least 0 (frozen)")
