@@ -38,7 +38,7 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows does not delete an open file; an empty one stays there
+            with suppress(OSError):  # Windows deletes no open file; filelock deletes it there, afterwards
                 file.unlink()  # while it is held: who opened it meanwhile finds it deleted, and makes a new one
 
 

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..ptq.model import IN_TRAINING, QUANT_METHOD
 from .layer import PackedSpec
 
-VERSION = 3
+VERSION = 2
 REMEDY = "copy it again from where it was whole, or save the model again"
 DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
 

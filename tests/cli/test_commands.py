@@ -129,7 +129,7 @@ def test_a_model_in_half_precision_without_a_tokenizer(place, packed, tmp_path, 
 def test_damaged_configurations_and_places_that_cannot_be_written_are_named(place, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert call("bits", tmp_path) == 2
-    assert "config.json is not the JSON" in capsys.readouterr().err
+    assert "config.json is truncated or damaged" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert call("quantize", "--model", place / "model", "--out", tmp_path / "file" / "q") == 2
     assert f"cannot write to {tmp_path / 'file' / 'q'}" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_a_packed_model_is_not_unpacked_in_place(folder):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ('"version": 3', '"version": 1', "format version 1"),
+        ('"version": 2', '"version": 1', "format version 1"),
         ('"table": [', '"table": [1', "is .* not .*: copy it again"),
     ],
 )
