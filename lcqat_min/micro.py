@@ -123,7 +123,7 @@ def nearest(vectors: Tensor, words: Tensor, metric: Tensor) -> Tensor:
 
 def fit(W: Tensor, rounds: int = 8, most: int = 1 << 14) -> Tensor:
     """The best [A | b] for `most` vectors of W [out, n], whose rows have unit RMS: Lloyd's algorithm with momentum."""
-    vectors, book, tried, solved = W.reshape(-1, DIM), frame_planes().to(W.device), [], None
+    vectors, book, tried, solved = W.reshape(-1, DIM), frame_planes().to(W.device), [], []
     count = min(most, len(vectors))
     vectors = vectors[torch.arange(count, device=W.device) * (len(vectors) - 1) // max(1, count - 1)]  # evenly spread
     for step in range(rounds + 1):
@@ -131,10 +131,10 @@ def fit(W: Tensor, rounds: int = 8, most: int = 1 << 14) -> Tensor:
         tried.append(((vectors - decode(index, book)).square().mean().item(), book))
         q = F.pad(digits_of(index), (0, 1), value=1.0).double()
         normal = q.T @ q + 1e-6 * torch.eye(BITS + 1).to(q)  # a digit may be the same everywhere
-        previous, solved = solved, torch.linalg.solve(normal, q.T @ vectors.double()).T.float()
-        book = solved.clone()
-        if previous is not None and step < rounds - 2:  # A changes slowly, for many rounds in one direction: go further
-            book[:, :BITS] += 0.9 * (solved - previous)[:, :BITS]
+        solved.append(torch.linalg.solve(normal, q.T @ vectors.double()).T.float())
+        book = solved[-1].clone()
+        if step and step < rounds - 2:  # A changes slowly, for many rounds in one direction: go further
+            book[:, :BITS] += 0.9 * (solved[-1] - solved[-2])[:, :BITS]
     return min(tried, key=lambda pair: pair[0])[1]
 
 
@@ -275,7 +275,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
     Latents: 0.001 bins (2 wide, from -1 to +1). Scales and codebooks: 0.003 of their own RMS. The rest: 0.0005.
     """
-    rates = {}
+    rates: dict[Tensor, float] = {}
     for layer in layers_of(model, QuantLinear).values():
         rates |= {p: 3e-3 * p.square().mean().sqrt().item() for p in (layer.row_scale, layer.col_scale, layer.A)}
         rates |= {layer.latent: 2e-3, layer.b: rates[layer.A]}  # b starts near 0, so A is its measure

@@ -31,9 +31,7 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         held = FileLock(file).acquire(timeout=-1 if wait else 0)
     except Timeout as error:
-        raise UsageError(
-            f"another process is at work here (it holds {file}): wait, or choose another folder"
-        ) from error
+        raise UsageError(f"another process is at work here ({file}): wait, or choose another folder") from error
     with held:
         try:
             yield

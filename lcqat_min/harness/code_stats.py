@@ -27,7 +27,7 @@ class CodeStats:
 def indices_of(model: nn.Module) -> dict[str, Tensor]:
     """Codebook indices of every quantized layer, by name, int64 [out, vectors]: a snapshot to compare with later."""
     modules = model.named_modules()
-    return {name: layer.indices() for name, layer in modules if getattr(layer, "has_indices", False)}
+    return {name: layer.indices() for name, layer in modules if callable(getattr(layer, "indices", None))}
 
 
 def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, CodeStats]:

@@ -6,7 +6,7 @@
     on a CPU                    decode.by_decoding                  decode.by_decoding
     on a CPU, compiled=True     fold.by_planes, compiled            decode.by_decoding
     within torch.compile        fold.by_planes                      decoded whole
-    on a GPU                    triton_kernels.launch_fused         decoded whole
+    on a GPU                    triton_kernels.launch_fused         decoded whole, by launch_dequantize in 16 bits
     torch.jit.trace and
     torch.export, gradients     decoded whole                       decoded whole
 
@@ -14,9 +14,11 @@ The place of the tensors decides, whatever else the machine has. "Decoded whole"
 
 triton is imported when the first product on a GPU is to be made. A package, a driver or a compiler may be missing. So
 the kernels first have to make a small product on that GPU as plain torch makes it; where they do not, a warning says
-why, and their place is taken by plain torch.
+why, and their place is taken by plain torch. With LCQAT_STRICT=1 in the environment the failure is raised instead:
+tests run so, as a way that is replaced would pass them.
 """
 
+import os
 import warnings
 from functools import cache
 from types import ModuleType
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from ..codebook.affine import frame_planes
 from ..codebook.matrix import Codebook
-from .decode import by_decoding, decode
+from .decode import by_decoding, byte_tables, decode
 from .fold import by_planes
 
 FEW_ROWS = 16  # of h. For more, the dense product costs more than decoding. On GPUs a prediction: nothing was timed yet
@@ -57,7 +59,14 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
         return by_decoding(h, codes, book)
     dtype = dtype if on_gpu(h) and not recorded else torch.float32
     unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)  # fp16 ends at 65504, and D lacks row scales
-    return ((h / unit).to(dtype) @ decode(codes, book, h.shape[1], dtype).T).float() * unit
+    return ((h / unit).to(dtype) @ dequantize(codes, book, h.shape[1], dtype).T).float() * unit
+
+
+def dequantize(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype) -> Tensor:
+    """D: packed codes uint8 [rows, bytes] -> `dtype` [rows, columns]; on GPUs by a kernel, if it is of 16 bits."""
+    if on_gpu(codes) and dtype.itemsize == 2 and 8 % book.bits == 0 and (kernels := working_kernels(codes.device)):
+        return kernels.launch_dequantize(codes, byte_tables(book)[0].to(dtype), columns)
+    return decode(codes, book, columns, dtype)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -77,5 +86,7 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         torch.testing.assert_close(y, by_decoding(h, codes, planes), rtol=1e-4, atol=1e-4)
         return triton_kernels
     except Exception as error:
+        if os.environ.get("LCQAT_STRICT") == "1":
+            raise
         warnings.warn(f"slower torch works on {device}; does `pip install triton` help? {error!r}", RuntimeWarning, 3)
         return None

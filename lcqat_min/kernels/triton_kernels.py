@@ -35,6 +35,7 @@ from ..codebook.affine import AffineCodebook
 # Columns of the fused kernel, limbs of rows of x: as few as tensor cores take, as many as registers hold.
 LEAST_COLUMNS, MOST_COLUMNS = (16, 16) if torch.version.hip else (8, 32)
 TILE_ROWS, TILE_BYTES = 64, 128  # of codes: what one program of the fused kernel takes in one step
+DECODE_BYTES = 1024  # of codes: what one program of the dequantize kernel takes
 PROGRAMS = 512  # programs wanted, to fill a GPU: small weights are split along the inputs as well
 
 
@@ -58,6 +59,15 @@ def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -
             codes, digits, scale, constant, partial, rows, row_bytes, blocks, columns, each, **tile
         )
     return partial.view(-1, tokens, rows).sum(0)
+
+
+def launch_dequantize(codes: Tensor, table: Tensor, columns: int) -> Tensor:
+    """table[codes]: packed codes uint8 [rows, bytes], table fp16 or bf16 [256, 4] -> its dtype, [rows, columns]."""
+    words = torch.empty(codes.shape, dtype=torch.int64, device=codes.device)
+    with torch.cuda.device_of(codes):
+        programs = (triton.cdiv(codes.numel(), DECODE_BYTES),)
+        dequantize_kernel[programs](codes.contiguous(), table.view(torch.int64), words, codes.numel(), DECODE_BYTES)
+    return words.view(table.dtype)[:, :columns]
 
 
 @triton.jit
@@ -126,3 +136,11 @@ def fused_kernel(
         total += (high.to(tl.float32) * 0.0625 + low.to(tl.float32)) * unit[None, :] + shift[None, :]
     out = partial + (tl.program_id(1) * columns + column).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out, total, mask=(row < rows)[:, None] & known[None, :])
+
+
+@triton.jit
+def dequantize_kernel(codes, table, words, count, BYTES: tl.constexpr):
+    """words[i] = table[codes[i]]: a byte of codes becomes four weights of 16 bits, one word. Offsets are int64."""
+    place = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    code = tl.load(codes + place, mask=place < count, other=0).to(tl.int32)
+    tl.store(words + place, tl.load(table + code), mask=place < count)

@@ -24,7 +24,6 @@ Limits: each forward pass writes the dense weight. Inference from packed codes d
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ MARGIN = 0.05  # of half a bin: how far a starting latent stays from the boundar
 
 
 class QuantLinear(nn.Module):
-    """Scales, rotation, bias and the forward pass. A subclass gives the methods that raise here.
+    """Scales, rotation, bias and the forward pass. A subclass gives the methods that have no body here.
 
     coded: the codes and scales to start from. in_features: may be less than the columns of codes, which are padded.
     signs: of the rotation, for the inputs and the outputs.
@@ -49,7 +48,6 @@ class QuantLinear(nn.Module):
 
     method = ""  # the name of the method that makes this kind of layer, in files and in systems/
     learned: tuple[str, ...] = ()  # names of the codebook's parameters; layers may share them
-    has_indices = True
 
     def __init__(self, coded: CodedMatrix, in_features: int, bias: Tensor | None, signs: Signs):
         super().__init__()
@@ -62,15 +60,12 @@ class QuantLinear(nn.Module):
 
     def decoded(self) -> Tensor:
         """D: weights in the basis and unit of the codes, fp32 [out, in padded to whole vectors], with gradient."""
-        raise NotImplementedError
 
     def indices(self) -> Tensor:
         """The codebook index of every vector as the forward pass uses it, int64 [out, vectors]."""
-        raise NotImplementedError
 
     def codebook(self) -> Codebook:
         """What the indices stand for, in fp32, without gradient."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, object]:
         """Arguments that bring the layer back from a file, besides tensors, as plain JSON values."""
@@ -132,10 +127,8 @@ class AffineLinear(QuantLinear):
 
     def digits(self) -> Tensor:
         """q, centred digits as the forward pass uses them, fp32 [out, vectors, k]."""
-        if self.levels == 2:
-            q = sign_of(self.latent, self.estimator)
-        else:
-            q = round_to_levels(self.latent, 3, self.estimator) - 1.5
+        two = self.levels == 2
+        q = sign_of(self.latent, self.estimator) if two else round_to_levels(self.latent, 3, self.estimator) - 1.5
         return q.view(self.out_features, -1, self.A.shape[1])
 
     def decoded(self) -> Tensor:
@@ -179,9 +172,9 @@ def starting_latents(coded: CodedMatrix[AffineCodebook], target: Tensor | None =
     return v + (e @ book.A / norm).clamp(-limit, limit)
 
 
-def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+def quant_layers(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     """Names and modules of the quantized layers in training."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
 def in_units(x: Tensor) -> tuple[Tensor, float]:

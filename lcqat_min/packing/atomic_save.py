@@ -9,8 +9,7 @@ A save that was killed between 2 and 3 leaves no <folder>, but both models whole
 back before it begins. After a kill in step 4 the next save finishes the step. A lock keeps other processes away.
 
 The model's own files are MODEL_FILES, code that came with the model, and a README.md that begins with TITLE. All
-others are the user's (a tokenizer, checkpoints, a README.md with another title). The files of a processor, which
-prepares images, sound and chats, are copied from where the model was loaded if the folder has none.
+others are the user's (a tokenizer, a processor, checkpoints, a README.md with another title).
 
 Limits: between steps 2 and 3 a reader finds no folder for a moment. The folder can be neither the current one nor a
 mount point, since these cannot be renamed, and its parent must be writable.
@@ -49,7 +48,7 @@ def write_folder(model: nn.Module, tensors: dict[str, Tensor], folder: Path, rea
         _clear_up(folder, saving, before)
         try:
             saving.mkdir()
-            _write_description(model, saving, folder)
+            _write_description(model, saving)
             save_torch_state_dict(tensors, saving, max_shard_size=SHARD_SIZE)
             for file in saving.glob("*.safetensors"):  # nobody else could read it (disk/tensor_file.py)
                 file.chmod((saving / "config.json").stat().st_mode)
@@ -84,17 +83,14 @@ def _is_users(file: Path) -> bool:
     return not MODEL_FILES.fullmatch(file.name)
 
 
-def _write_description(model: nn.Module, saving: Path, folder: Path) -> None:
-    """Code, configuration, generation settings, and the files of a processor that `folder` lacks."""
+def _write_description(model: nn.Module, saving: Path) -> None:
+    """Code, configuration and generation settings."""
     from transformers.dynamic_module_utils import custom_object_save
-    from transformers.utils.hub import cached_file
 
     for own in (model, config := model.config):
         if own._auto_class is not None:
             custom_object_save(own, saving, config)
-    config.to_json_file(
-        saving / "config.json"
-    )  # save_pretrained refuses some settings, and that would cost the weights
+    config.to_json_file(saving / "config.json")  # save_pretrained refuses some settings, at the cost of the weights
     file, settings = saving / "generation_config.json", model.generation_config
     try:
         if settings is not None:
@@ -103,9 +99,3 @@ def _write_description(model: nn.Module, saving: Path, folder: Path) -> None:
     except Exception as error:  # of any kind: with this file the model would not load
         file.unlink(missing_ok=True)
         warnings.warn(f"generation_config is not saved ({error}): correct it and save it yourself", stacklevel=2)
-    with suppress(OSError):  # of an original that is no longer there, or was made in memory
-        revision = getattr(config, "_commit_hash", None)
-        origin = Path(cached_file(config.name_or_path, "config.json", revision=revision, local_files_only=True)).parent
-        for file in (*origin.glob("*processor_config.json"), *origin.glob("chat_template.*")):
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, saving / file.name)

@@ -48,8 +48,8 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     original is a good choice: embeddings in fp32 can take more space than all codes.
 
     The model is not changed. A model that is in the folder is replaced; files that are neither its weights nor its
-    configuration (a tokenizer, checkpoints) are kept. Code that came with the model is saved beside it, and so are the
-    files of a processor (images, sound, chats), if the folder has none. The tokenizer is not.
+    configuration (a tokenizer, checkpoints) are kept. Code that came with the model is saved beside it; its tokenizer
+    and its processor (images, sound, chats) are not: their own save_pretrained adds them.
 
     Before anything is written, ValueError for a model without quantized layers, with tensors that its configuration
     does not build or that are offloaded, or with an untied head; for numbers that fp16 or dtype cannot hold; for a

@@ -36,7 +36,9 @@ def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
         remedy = "quantize the original again, load_state_dict the tensors of this folder, and call save_packed"
         raise UsageError(f"{folder} was written by save_pretrained from a model in training: {remedy}")
     if version != VERSION:
-        raise UsageError(f"{folder} has format version {version}, not {VERSION}: use the lcqat_min that wrote it")
+        raise UsageError(
+            f"{folder} has format version {version}, not {VERSION}: quantize again, or use the lcqat_min that wrote it"
+        )
     try:
         return {name: PackedSpec(**spec) for name, spec in settings["layers"].items()}
     except (LookupError, TypeError, AttributeError) as error:

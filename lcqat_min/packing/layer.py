@@ -54,7 +54,6 @@ class PackedLinear(nn.Module):
     """
 
     compiled = False
-    has_indices = True
 
     def __init__(self, spec: PackedSpec, owner: Self | None = None):
         super().__init__()
@@ -68,8 +67,8 @@ class PackedLinear(nn.Module):
         """Moves to a device follow the model; casts leave what is stored as 16-bit floats alone (seen as int16)."""
 
         def move(t: Tensor) -> Tensor:
-            is_cast = isinstance(t, nn.Parameter) or not t.is_floating_point()
-            return fn(t) if is_cast else fn(t.view(torch.int16)).view(t.dtype)
+            stored = t.is_floating_point() and not isinstance(t, nn.Parameter)
+            return fn(t.view(torch.int16)).view(t.dtype) if stored else fn(t)
 
         return super()._apply(move, recurse)
 
@@ -104,6 +103,3 @@ class PackedLinear(nn.Module):
             y = y if s_out is None else unrotate(y, s_out)
             y = y if self.bias is None else y + self.bias.float()
             return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, {self.spec.method}"

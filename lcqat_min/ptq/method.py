@@ -69,7 +69,6 @@ class Method:
 
         `quantize` gives both in units of about their largest number, so that fp32 holds the squares of both.
         """
-        raise NotImplementedError
 
     def signs(self, W: Tensor, generator: torch.Generator) -> Signs:
         """Random signs for the inputs and the outputs of W [out, n], on its device; None where it is not rotated."""

@@ -124,7 +124,7 @@ def _layers_and_texts(model: nn.Module, batches: Iterable[Batch], skip: tuple[st
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         warnings.warn(f"not quantized: {', '.join(names[:4])}{more}; {why}", RuntimeWarning, stacklevel=3)
     if not (layers := {name: layer for name, layer in layers.items() if name not in left}):
-        quantized = any(getattr(module, "has_indices", False) for module in model.modules())
+        quantized = any(callable(getattr(module, "indices", None)) for module in model.modules())
         already = "; this model is quantized already" if quantized else ""
         raise UsageError(f"no linear layer to quantize: found none outside of skip = {skip}{already}")
     return layers, texts

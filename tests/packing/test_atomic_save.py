@@ -1,7 +1,7 @@
 """Folders of models: replaced whole or not at all, the user's files kept, and all that a model needs beside it.
 
 Checked: saves that fail or are killed at every step, between one file of weights and several; two saves at once;
-refusals; shards and their damage; modes; code of a model's own, processors, generation settings that transformers
+refusals; shards and their damage; modes; code of a model's own, generation settings that transformers
 refuses to write; homes, links and unusual names.
 """
 
@@ -369,27 +369,6 @@ def test_settings_of_generation_never_cost_the_weights(model, tmp_path):
             save_packed(model, tmp_path / "model")
         assert same(load_packed(tmp_path / "model"), model)
         assert "generation_config.json" not in names(tmp_path / "model")
-
-
-def test_files_of_a_processor_come_along_if_there_are_none(tiny_llama, tmp_path):
-    origin, packed, dense = (tmp_path / name for name in ("origin", "packed", "dense"))
-    tiny_llama().save_pretrained(origin)
-    expected = {name: name for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")}
-    for name in (*expected, "tokenizer.json"):
-        (origin / name).write_text(name)
-    model = type(tiny_llama()).from_pretrained(origin)
-    quantize(model, [TOKENS], QUICK)
-    save_packed(model, packed)
-    assert {name: (packed / name).read_text() for name in expected} == expected
-    assert not (packed / "tokenizer.json").exists()
-    (packed / "processor_config.json").write_text("mine")
-    save_packed(model, packed)
-    assert (packed / "processor_config.json").read_text() == "mine"
-    export_dense(load_packed(packed), dense)
-    assert (dense / "processor_config.json").read_text() == "mine"
-    shutil.rmtree(origin)
-    save_packed(model, tmp_path / "later")
-    assert "processor_config.json" not in names(tmp_path / "later")
 
 
 # --------------------------------------------------------------------------------------------------- places
