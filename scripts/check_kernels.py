@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the place of the compiler
 from lcqat_min.kernels import triton_kernels as kernels  # noqa: E402
-from lcqat_min.kernels.triton_kernels import TILE_BYTES, TILE_ROWS  # noqa: E402
+from lcqat_min.kernels.triton_kernels import DECODE_BYTES, TILE_BYTES, TILE_ROWS  # noqa: E402
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that one program may have
 
@@ -59,6 +59,8 @@ def cases(target: str, quick: bool) -> list[Case]:
         )
         for count in columns
     ]
+    words = {"codes": "*u8", "table": "*i64", "words": "*i64"}
+    dequantize = Case("dequantize", kernels.dequantize_kernel, words, {"BYTES": DECODE_BYTES})
     fold = [
         Case(
             f"fold d={d}, {limbs} limbs",
@@ -69,7 +71,7 @@ def cases(target: str, quick: bool) -> list[Case]:
         for d in ((4,) if quick else (1, 4, 8))
         for limbs in ((2,) if quick else (2, 3))
     ]
-    return [*fused, *fold]
+    return [*fused, dequantize, *fold]
 
 
 def compile_case(case: Case, target: str):

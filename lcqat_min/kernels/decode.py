@@ -35,14 +35,15 @@ def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:
 
 
 def decode(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """D: packed codes uint8 [rows, bytes] -> weights [rows, columns] without scales, sums of numbers of `dtype`."""
+    """D: packed codes uint8 [rows, bytes] -> weights [rows, columns] of `dtype`, without scales."""
     tables = byte_tables(book)
     if not tables:
         index = unpack_bits(codes, book.bits, -(-columns // book.dim))
         return book.decode(index).flatten(1)[:, :columns].to(dtype)
     codes = F.pad(codes, (0, -codes.shape[1] % len(tables)))
-    parts = [_look_up(codes[:, i :: len(tables)], table.to(dtype)) for i, table in enumerate(tables)]
-    return sum(parts[1:], parts[0])[:, :columns]
+    exact = dtype if len(tables) == 1 else torch.float32  # rounded once
+    parts = [_look_up(codes[:, i :: len(tables)], table.to(exact)) for i, table in enumerate(tables)]
+    return sum(parts[1:], parts[0])[:, :columns].to(dtype)
 
 
 def byte_tables(book: Codebook) -> list[Tensor]:

@@ -541,11 +541,11 @@ DAMAGE = {
     ),
     "older": (
         lambda f: edit_config(f, lambda q: q.update(version=1)),
-        "version 1, not 2: use the lcqat_min that wrote it",
+        "version 1, not 2: quantize again, or use the lcqat_min that wrote it",
     ),
     "newer": (
         lambda f: edit_config(f, lambda q: q.update(version=3)),
-        "version 3, not 2: use the lcqat_min that wrote it",
+        "version 3, not 2: quantize again, or use the lcqat_min that wrote it",
     ),
     "no layers": (lambda f: edit_config(f, lambda q: q.pop("layers")), "config.json does not describe packed layers"),
     "unknown setting": (lambda f: edit_spec(f, new=1), "config.json does not describe packed layers"),
