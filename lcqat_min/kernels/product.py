@@ -12,9 +12,11 @@
 
 The place of the tensors decides, whatever else the machine has. "Decoded whole" is a dense D and a dense product.
 
-triton is imported when the first product on a GPU is to be made. A package, a driver or a compiler may be missing. So
-the kernels first have to make a small product on that GPU as plain torch makes it; where they do not, a warning says
-why, and their place is taken by plain torch.
+triton is imported for the first product of few rows on a GPU. The package, a driver or a compiler may be missing. So
+the kernels make a small product first. If that fails, or differs from the product of plain torch, a warning says so,
+and plain torch makes all products on this GPU.
+
+Limits: a CUDA graph cannot record the first product. torch.compile uses no kernels of ours, but makes its own.
 """
 
 import warnings
