@@ -4,9 +4,9 @@
 renamed to its place, in one step. What a killed process left in the folder is removed by the next one that writes the
 same file. A lock protects the folder of a process that still runs.
 
-The lock is the operating system's, on the file `<file>.lock` (the package filelock, which torch brings). The system
-releases it when its process ends, however it ends, so a process that was killed never leaves a lock. (It may leave the
-empty file, which means nothing.)
+The lock is the operating system's, on the file `<file>.lock`, by the package filelock, which torch needs as well. The
+system releases it when its process ends, however it ends, so a process that was killed never leaves a lock. (It may
+leave the empty file, which means nothing.)
 
 Limits: for a moment the disk holds the old file and the new one. On a file system without locks, filelock uses the
 existence of the file instead, and a killed process keeps others out until that file is deleted.

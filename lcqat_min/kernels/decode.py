@@ -3,10 +3,11 @@
     y = D h        D = decode(codes) [out, in]: WORKSPACE bytes of it at a time, never all
 
 Decoding is a lookup. At 2 bits per weight a byte of codes stands for four weights. For d = 1, 2 or 4 these are whole
-vectors: one table of 256 entries, made from the codebook for each product, decodes them, and its form makes no
-difference. With d = 3 or d > 4 a byte holds parts of vectors. But w = A q + b is a sum over the digits in q, so also a
-sum over bytes: each byte of a group of whole vectors has a table of its own for what its digits add to all weights of
-the group. A table of free vectors cannot be split so; one whose indices do not fill bytes is decoded index by index.
+vectors: one table of 256 entries, made from the codebook for each product, decodes them, and the form of the codebook
+makes no difference. With d = 3 or d > 4 a byte holds parts of vectors. But w = A q + b is a sum over digits, so it is
+also a sum over bytes: each byte in a group of whole vectors has a table of its own, with what its digits add to the
+weights of the group (2 tables for d = 8, 3 for d = 3). A free table has no such sum; if its indices do not fill bytes,
+they are decoded one by one.
 
 A lookup takes as long for one row of h as for many. `scripts/bench_kernels.py --cpu` measures the product against the
 dense fp32 product, and generation with the bundled model, and stores both in results/packed_cpu.json: with one row of h
@@ -62,6 +63,6 @@ def _look_up(codes: Tensor, table: Tensor) -> Tensor:
     """uint8 [rows, bytes], [256, w] -> [rows, bytes * w]."""
     if table.shape[1] != 4 or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return F.embedding(codes.int(), table).flatten(1)
-    # Four weights are copied faster as one number. Programs that trace this know no such numbers.
+    # Four weights are copied faster as one number of 8 or 16 bytes. Programs that trace this know no such numbers.
     fours = table.view(torch.complex128 if table.dtype == torch.float32 else torch.int64).flatten()
     return fours.index_select(0, codes.int().flatten()).view(table.dtype).view(len(codes), -1)

@@ -59,8 +59,8 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
         raise UsageError(f"save_packed: dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32")
     model, plain, tensors, layers = _parts(model)
     bits = bits_per_weight(model, dtype)
-    for key, value in tensors.items() if dtype else ():
-        if isinstance(value, nn.Parameter) and value.is_floating_point():
+    for key, value in tensors.items():
+        if dtype and isinstance(value, nn.Parameter) and value.is_floating_point():
             tensors[key] = value.to(dtype)
             if tensors[key].isinf().any():
                 raise UsageError(f"{key!r} reaches {value.abs().max():g}, too much for {dtype}: give torch.bfloat16")
@@ -68,9 +68,9 @@ def save_packed(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     specs = {name: asdict(layer.spec) for name, layer in layers.items()}
     plain.config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "layers": specs}
     plain.config.dtype = dtype or model.dtype
-    trust = ", trust_remote_code=True" if model._auto_class else ""
-    table = str(bits).replace("\n", "\n    ")
-    readme = README.format(kind=model._auto_class or type(model).__name__, trust=trust, bits=table)
+    own = model._auto_class  # of a model that came with its code
+    kind, trust = (own, ", trust_remote_code=True") if own else (type(model).__name__, "")
+    readme = README.format(kind=kind, trust=trust, bits=str(bits).replace("\n", "\n    "))
     write_folder(plain, tensors, Path(folder), readme)
     return bits
 

@@ -49,10 +49,9 @@ class PackedQuantizer(HfQuantizer):
         specs = declared_specs(self.quantization_config.to_dict(), files[0].parent)
         check_tensors(files, specs)
         layers: dict[str, PackedLinear] = {}
-        for name, spec in sorted(
-            _shared(specs, model).items(), key=lambda item: item[0] != item[1].owner
-        ):  # owners first
-            layers[name] = PackedLinear(spec, layers.get(spec.owner))
+        specs = _shared(specs, model)
+        for name in sorted(specs, key=lambda name: specs[name].owner != name):  # owners of codebooks first
+            layers[name] = PackedLinear(specs[name], layers.get(specs[name].owner))
             model.set_submodule(name, layers[name])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:

@@ -26,8 +26,8 @@ from ..layer.stored import DTYPES, codebook_of, indices_of, row_scale_of, signs_
 class PackedSpec:
     """All that is known of a packed layer except its numbers: what a file's configuration says of it.
 
-    method: its name in systems/. shapes: of its tensors, by name, those of the codebook included. owner: name of the
-    layer that stores the codebook, if that is another one. settings: what the method's layer needs to train again.
+    method: its name in systems/. shapes: of its tensors, by name, with those of the codebook. owner: name of the layer
+    that stores the codebook: of this one, or of another one. settings: what the method's layer needs to train again.
     """
 
     method: str
@@ -37,7 +37,7 @@ class PackedSpec:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, owner: bool = True) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """dtype and shape of every tensor that the layer stores, with the codebook or, if it has an owner, without."""
+        """dtype and shape of every tensor that the layer stores: with the codebook if it is the owner of that."""
         stored = {key: shape for key, shape in self.shapes.items() if owner or key in DTYPES}
         return {key: (DTYPES.get(key, torch.float16), tuple(shape)) for key, shape in stored.items()}
 

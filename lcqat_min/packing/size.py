@@ -1,6 +1,6 @@
 """What a quantized model costs in a file: counted from what is stored, not assumed.
 
-"2 bits" is the size of the packed codes alone. What has to be stored besides them counts as well (packing/layer.py):
+"2 bits" is the size of the packed codes alone. What has to be stored besides them counts as well (layer/stored.py):
 
     codes      every row of codes is one bit string, padded to whole bytes
     codebooks  A and b, or the table (a shared table once), 16 bits per number
@@ -42,8 +42,7 @@ class Bits:
     @property
     def per_weight(self) -> float:
         """Bits per quantized weight, with all side data; 16 or 32 for an unquantized model."""
-        own = sum(self.parts[part] for part in PARTS) or self.parts["linear layers"]
-        return own / self.weights if self.weights else 0.0
+        return (sum(self.parts[part] for part in PARTS) or self.parts["linear layers"]) / max(1, self.weights)
 
     @property
     def per_parameter(self) -> float:
