@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+from ..layer.stored import codebook_of
+from ..packing.convert import pack_layers
+
 
 @dataclass(frozen=True)
 class CodeStats:
@@ -37,10 +41,11 @@ def code_stats(model: nn.Module, before: dict[str, Tensor] | None = None) -> dic
     """
     indices = indices_of(model)
     if before is not None and _shapes(before) != _shapes(indices):
-        raise ValueError("`before` has other layers or shapes than the model: give what indices_of returned for it")
+        raise UsageError("`before` has other layers or shapes than the model: give what indices_of returned for it")
     stats = {}
+    packed = pack_layers(model)
     for name, index in indices.items():
-        usage = torch.bincount(index.flatten(), minlength=1 << model.get_submodule(name).codebook().bits)
+        usage = torch.bincount(index.flatten(), minlength=1 << codebook_of(packed[name].stored()).bits)
         p = usage[usage > 0].double() / usage.sum()
         flips = None if before is None else (index != before[name]).double().mean().item()
         stats[name] = CodeStats(usage, -(p * p.log2()).sum().item(), flips)

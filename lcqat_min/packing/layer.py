@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..codebook.matrix import Codebook
 from ..errors import UsageError
 from ..kernels.product import product
 from ..layer.rotation import rotate, unrotate
@@ -77,10 +76,6 @@ class PackedLinear(nn.Module):
         codebook = [key for key in self.spec.shapes if key not in DTYPES]
         shared = {key: getattr(self.owner[0], key).to(self.weight.device) for key in codebook}
         return dict(self.named_buffers()) | shared
-
-    def codebook(self) -> Codebook:
-        """The codebook in fp32."""
-        return codebook_of(self.stored())
 
     def indices(self) -> Tensor:
         """Codebook index of every vector, int64 [out, vectors]."""
