@@ -72,7 +72,7 @@ def signs_of(stored: Stored) -> Signs:
     """s_in and s_out, fp32 [in] and [out]; None for a side that is not rotated."""
 
     def unpack(key: str, width: int) -> Tensor | None:
-        return 2.0 * unpack_bits(stored[key][None], 1, width)[0] - 1 if key in stored else None
+        return 2 * unpack_bits(stored[key][None], 1, width)[0].float() - 1 if key in stored else None
 
     return unpack("signs_in", len(stored["col_scale"])), unpack("signs_out", len(stored["weight"]))
 
