@@ -155,7 +155,7 @@ def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
 def test_a_bin_is_one_on_a_grid_two_between_bits_and_the_step_where_it_is_learned(pair):
     units = {}
     for kind in ("scalar", "lattice", "planes", "step"):
-        _, layer = next(quant_layers(pair(kind)[1]))
+        _, layer = quant_layers(pair(kind)[1])[0]
         units[kind] = layer.units()["latent"]
     step = pytest.approx(layer.row_scale.mean().item())
     bins = {"scalar": 1, "lattice": 1, "planes": 2, "step": step}
