@@ -40,7 +40,7 @@ from ..ptq.model import quantize
 from ..ptq.select import linear_layers
 from ..qat.config import TrainConfig
 from ..qat.loop import train
-from ..systems import method_of
+from ..systems.table import method_of
 
 WINDOW, BATCH = 256, 4
 EVAL_TOKENS = 16_384

@@ -113,7 +113,7 @@ leaves latents at the unrounded weights, within the bins of their codes. So the 
 
 def _add_makers(add: Callable) -> None:
     """The commands that make a packed model."""
-    from ..systems import METHODS
+    from ..systems.table import METHODS
 
     quantize = add("quantize", "commands.run_quantize", "round a model to 2 bits and save it packed")
     _model(quantize)

@@ -16,6 +16,8 @@ triton is imported when the first product on a GPU is to be made. A package, a d
 the kernels first have to make a small product on that GPU as plain torch makes it; where they do not, a warning says
 why, and their place is taken by plain torch. With LCQAT_STRICT=1 in the environment the failure is raised instead:
 tests run so, as a way that is replaced would pass them.
+
+Limits: the first product on a GPU tries the kernels, so it cannot be recorded in a CUDA graph; make one before.
 """
 
 import os

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layer.linear import QuantLinear, quant_layers
 from ..layer.stored import layer_from, row_scale_of, tensors_of
-from ..systems import layer_of
+from ..systems.table import layer_of
 from .layer import PackedLinear, PackedSpec
 
 

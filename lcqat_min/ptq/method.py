@@ -3,7 +3,7 @@
     method = method.start(layers, generator)             once per model; most methods have nothing to do here
     layer = method.layer(W, H, bias, generator)          once per linear layer -> a QuantLinear
 
-To add a system, write a subclass: settings are fields, `layer` makes the layer, and systems/__init__.py gives it a
+To add a system, write a subclass: settings are fields, `layer` makes the layer, and systems/table.py gives it a
 name. CONTRIBUTING.md has a complete example. A method may use as much of the rest as it likes:
 
     signs      random signs of the rotation

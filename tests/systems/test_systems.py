@@ -12,12 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-import lcqat_min.systems as systems
 from lcqat_min import TrainConfig, quantize, train
 from lcqat_min.layer import quant_layers
 from lcqat_min.packing import bits_per_weight, load_packed, save_packed, to_storage_precision
 from lcqat_min.ptq import Method
 from lcqat_min.qat import parameter_groups
+from lcqat_min.systems import table as systems
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIP = ("layers.1", "lm_head", "mlp")
