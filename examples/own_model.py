@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lcqat_min import LCQAT, TrainConfig, kl_to, quantize, train
-from lcqat_min.harness.batches import batches, sample_windows
-from lcqat_min.harness.text import load_text
-from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.harness import batches, load_text, sample_windows
+from lcqat_min.packing import load_packed, save_packed
 
 WINDOW = 256  # tokens that the model reads at once
 

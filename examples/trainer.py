@@ -7,7 +7,7 @@ each kind of parameter has a rate in its own unit (qat/config.py); and saving, w
 (devices, accumulation of gradients, logging, callbacks) is as everywhere with a Trainer.
 
 Limits: windows without padding; where there is some, compare logits[mask] alone. The Trainer saves no checkpoints, as
-from_pretrained would not know the layers in them: use lcqat_min.qat.loop where a run must go on after a stop.
+from_pretrained would not know the layers in them: use lcqat_min.train if a run must continue after a stop.
 """
 
 import argparse
@@ -18,11 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from lcqat_min import TrainConfig, kl_to
-from lcqat_min.harness.batches import windows
-from lcqat_min.harness.text import load_text
-from lcqat_min.packing.files import load_packed, save_packed
-from lcqat_min.qat.loop import parameter_groups
-from lcqat_min.qat.loss import distillation_loss
+from lcqat_min.harness import load_text, windows
+from lcqat_min.packing import load_packed, save_packed
+from lcqat_min.qat import distillation_loss, parameter_groups
 
 WINDOW = 256  # tokens that the model reads at once
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 
 from lcqat_min import __version__
-from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.packing import load_packed, save_packed
 
 CARD = """---
 license: {license}
