@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, random_planes  # noqa: E402
 from lcqat_min.harness.results import describe, write_json  # noqa: E402
-from lcqat_min.kernels.decode import byte_table, decode  # noqa: E402
-from lcqat_min.kernels.product import FEW_ROWS, dequantize, fused, looked_up, product  # noqa: E402
+from lcqat_min.kernels.decode import byte_tables, decode  # noqa: E402
+from lcqat_min.kernels.product import FEW_ROWS, dequantize, product, working_kernels  # noqa: E402
 from lcqat_min.layer.rotation import random_signs, rotate, unrotate  # noqa: E402
 
 SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
@@ -100,8 +100,10 @@ def copy_speed() -> float:
 
 def bench_dequantize(rows: int, columns: int, copy: float) -> dict:
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
-    table = byte_table(books()["table d=4"].to("cuda")).bfloat16()
-    took = seconds([partial(looked_up, codes, table, columns) for codes in weights])
+    table = byte_tables(books()["table d=4"].to("cuda"))[0].bfloat16()
+    took = seconds(
+        [partial(working_kernels(codes.device).launch_dequantize, codes, table, columns) for codes in weights]
+    )
     return {
         "what": "dequantize",
         "out": rows,
@@ -131,7 +133,7 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
 
 
 def all_fused(parts: tuple[Tensor, ...], codes: Tensor, planes: AffineCodebook) -> Tensor:
-    return torch.cat([fused(part, codes, planes, torch.bfloat16) for part in parts])
+    return torch.cat([working_kernels(part.device).launch_fused(part, codes, planes, 2) for part in parts])
 
 
 def decoded(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:

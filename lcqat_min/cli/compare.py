@@ -42,6 +42,7 @@ def run_compare(args: argparse.Namespace) -> None:
         budget = fitting(budget, teacher, text)
         config = settings(recipes, budget, label(args.model), args.text, args.prompt, text.digest)
         results = Results(folder / "compare.json", config)
+        write_json(results.path, results.data)  # --out goes on with it, even if the first method is stopped
         print(f"{config['model']} on {device}: {len(recipes)} methods, seeds {seeds}, {budget}")
         print(f"writing to {folder}", flush=True)
         say_if_repeated(text, budget.train_tokens)
@@ -134,8 +135,8 @@ def _check_save(args: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"--save draws a picture, and {sys.executable} cannot import matplotlib: install it first")
-    other = [f"--{option}" for option in ("methods", "model", "tokens") if getattr(args, option) is not None]
-    if other:
+    plain = {"methods": None, "model": None, "tokens": None, "text": "docstrings", "prompt": "Return the"}
+    if other := [f"--{option}" for option, value in plain.items() if getattr(args, option) != value]:
         raise UsageError(
             f"--save renews the results of all methods on the bundled model: leave out {' '.join(other)}, or --save"
         )

@@ -43,5 +43,5 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise type(error)(f"{path} cannot be read ({error}): {remedy}") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         raise UsageError(f"{path} is truncated or damaged ({error}): {remedy}") from error

@@ -26,7 +26,7 @@ from ..codebook.bitstring import unpack_bits
 from ..codebook.digits import digits_of
 from ..codebook.matrix import Codebook
 
-WORKSPACE = 1 << 21  # bytes of decoded weights at a time: they stay in the cache, and parts are few
+WORKSPACE = 1 << 22  # bytes of decoded weights at a time: they stay in the cache, and parts are few
 
 
 def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels for packed 2-bit weights: the fused product of few rows of x with the codes of an affine codebook.
+"""Triton kernels for packed 2-bit weights: a fused product of few rows of x with codes, and the decoding of codes.
 
 What has to be moved. A product of one token with a weight of N numbers reads 2 N bytes in bf16, N / 4 in codes:
 8 times fewer. A GPU with 4.3 TB/s and 132 multiprocessors at 1.98 GHz then has 1.95 instructions per weight to
@@ -16,8 +16,8 @@ what counts, and three consequences of w_hat = A q + b with q = -1 or +1 save th
      to spare. Two carry more than bf16 or fp16 do, three as much as fp32. Sums in a tile are exact integers, and
      no sum depends on the order of threads: the same input gives the same bits.
 
-A table has no A to fold: it is decoded, by plain torch (kernels/decode.py). So is a weight for many rows of x, where
-the dense product on tensor cores costs more than decoding.
+A table has no A to fold: it is decoded. So is a weight for many rows of x, where the dense product on tensor cores
+costs more than decoding. `dequantize_kernel` decodes to 16 bits, plain torch (kernels/decode.py) to 32.
 
 `scripts/check_kernels.py` counts instructions without a GPU (results/kernels_aot.json); `scripts/bench_kernels.py`
 measures on one. This module needs triton but no driver; kernels/product.py imports it where a tensor is on a GPU.

@@ -72,7 +72,7 @@ class QuantLinear(nn.Module):
         return {}
 
     def units(self) -> dict[str, tuple[str, float]]:
-        """Parameter -> its group and the size of one unit of it, which the rates of qat/loop.py count in."""
+        """Parameter -> its group and the size of one unit of it, which the rates of qat/config.py count in."""
         return {name: ("scales", root_mean_square(getattr(self, name))) for name in ("row_scale", "col_scale")}
 
     @property

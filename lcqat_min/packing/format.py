@@ -21,7 +21,7 @@ from .layer import PackedSpec
 
 VERSION = 2
 REMEDY = "copy it again from where it was whole, or save the model again"
-DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
+HEADER_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
@@ -60,7 +60,7 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
             found |= {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     for layer, spec in specs.items():
         for key, (dtype, shape) in spec.tensors(spec.owner == layer).items():
-            want, got = (DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")
+            want, got = (HEADER_DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")
             if got != want:
                 raise UsageError(f"tensor {layer}.{key} of {files[0].parent} is {got}, not {want}: {REMEDY}")
 
@@ -70,4 +70,4 @@ def config_of(folder: Path) -> dict:
     file, before = folder / "config.json", folder.resolve().with_name(f"{folder.name}.before-save")
     interrupted = f"a save was interrupted: rename {before} back"
     with reading(file, interrupted if before.is_dir() else "give a folder that save_packed wrote"):
-        return json.loads(file.read_text(encoding="utf-8"))
+        return {} | json.loads(file.read_text(encoding="utf-8"))

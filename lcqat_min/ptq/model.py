@@ -2,7 +2,7 @@
 
     teacher = copy.deepcopy(model)                       # keep the unquantized model to distil from
     report = quantize(model, batches, LCQAT())           # PTQ: a good start
-    train(model, more_batches, TrainConfig(), teacher)   # QAT: see qat/loop.py
+    train(model, more_batches, TrainConfig(steps=60), teacher)   # QAT: see qat/loop.py
 
 Every linear map whose weight is its own (nn.Linear, and transformers' Conv1D with its transposed weight) is
 replaced by a QuantLinear that decodes its weight from 2-bit codes. Left as they are: embeddings, norms, the

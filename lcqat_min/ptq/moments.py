@@ -6,9 +6,9 @@ the mean over inputs, tr( E H E^T ) with the second moments of the inputs
     H = E[x x^T]        [n, n], fp64, estimated on a few thousand tokens
 
 Rounding (ptq/ldlq.py) needs its Cholesky factor. H is damped (H + damping * mean(diag H) * I); when it is still not
-positive definite (fewer tokens than inputs, doubled channels) the damping rises tenfold until it is, and the value
-used is reported. An input that was never active (H_ii = 0) gets the mean diagonal of the others: its weights are
-rounded by themselves.
+positive definite (fewer tokens than inputs, doubled channels) the damping rises tenfold until it is, and
+`Factor.damping` holds the value used. An input that was never active (H_ii = 0) gets the mean diagonal of the others:
+its weights are rounded by themselves.
 
 Limits: second moments come from the unquantized model, so a layer does not make up for the errors of earlier layers.
 Training does.

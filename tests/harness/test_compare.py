@@ -173,7 +173,7 @@ def test_without_matplotlib_the_table_is_there_and_save_is_refused_first(run, tm
 
 def test_save_is_for_whole_comparisons_in_a_clone(run, tmp_path, monkeypatch, capsys):
     assert run("--save", "--methods", "rtn") == 2
-    assert "leave out --methods --model, or --save" in capsys.readouterr().err
+    assert "leave out --methods --model --text, or --save" in capsys.readouterr().err
     monkeypatch.setattr(runs, "DATA", tmp_path)
     assert run("--save") == 2
     assert "this package is not in one: leave --save out, or run in a clone" in capsys.readouterr().err

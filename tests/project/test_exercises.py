@@ -1,7 +1,7 @@
 """Exercises: each stub is open, each solution right, each planted mistake caught, and the check says why.
 
 Stubs and solutions are taken from the notebooks themselves, so they cannot drift apart from the checks; the mistakes
-are in tests/wrong_answers/wrong_NN.py.
+are in tests/project/wrong_answers/wrong_NN.py.
 """
 
 import importlib.util

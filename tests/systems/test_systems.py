@@ -34,7 +34,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> str:
     ((name, (module_name, *_)),) = entry.items()
     module = ModuleType(module_name)
     monkeypatch.setitem(sys.modules, module_name, module)
-    exec(compile(source, module_name, "exec"), module.__dict__)
+    exec(compile(source, "<example>", "exec"), module.__dict__)
     monkeypatch.setattr(systems, "METHODS", systems.METHODS | entry)
     return name
 
