@@ -121,7 +121,7 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
     D = decode(weights[0], book, columns)
     row = {"what": "product", "codebook": name, "out": rows, "in": columns, "batch": batch}
     if (planes := book.as_planes()) is not None:
-        parts, expected = x.float().split(FEW_ROWS), x.double() @ D.double().T
+        parts, expected = x.float().split(FEW_ROWS["cuda"]), x.double() @ D.double().T
         y = all_fused(parts, weights[0], planes)
         row["error"] = ((y - expected).norm() / expected.norm()).item()
         row["fused"] = 1e6 * seconds([partial(all_fused, parts, codes, planes) for codes in weights])

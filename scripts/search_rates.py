@@ -27,6 +27,7 @@ from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
 from lcqat_min.qat.config import TrainConfig
 from lcqat_min.qat.loop import train
+from lcqat_min.systems.free_vq import FreeVQ
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "rates.json"
 LATENTS, SIDE = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)  # bins a step; share of their size a step
@@ -38,9 +39,9 @@ TRAINED = {recipe.name: recipe for recipe in RECIPES if recipe.quant is not None
 
 def settings(recipe: Recipe) -> list[dict[str, float]]:
     """The nine settings that the search tries for a method."""
-    if recipe.quant.codebook == "table":
+    if isinstance(recipe.quant, FreeVQ):
         return [{"lr_scales": side, "lr_codebooks": side} for side in SIDE_ALONE]
-    grid = LATENTS_ON_CODES if recipe.quant.start_on_codes else LATENTS
+    grid = LATENTS_ON_CODES if getattr(recipe.quant, "start_on_codes", False) else LATENTS
     return [
         {"lr_latents": latents, "lr_scales": side, "lr_codebooks": side}
         for latents, side in itertools.product(grid, SIDE)

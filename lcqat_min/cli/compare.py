@@ -30,7 +30,7 @@ from ..harness.text import load_text, say_if_repeated
 
 def run_compare(args: argparse.Namespace) -> None:
     """Quantize one model by every method, train, and show the figures beside the committed ones."""
-    recipes, seeds = recipes_of(args.methods), list(dict.fromkeys(args.seeds))
+    recipes, seeds = list(RECIPES) if args.save else recipes_of(args.methods), list(dict.fromkeys(args.seeds))
     device = choose_device(args.device)
     if args.save:
         _check_save(args)
@@ -53,11 +53,11 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def recipes_of(names: list[str] | None) -> list[Recipe]:
-    """The recipes of these methods in the table's order, all for None; UsageError for an unknown name."""
+    """The recipes of these methods in the table's order, for None those by default; UsageError for an unknown name."""
     known = [recipe.name for recipe in RECIPES]
     if unknown := [name for name in names or [] if name not in known]:
         raise UsageError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
-    return [recipe for recipe in RECIPES if names is None or recipe.name in names]
+    return [recipe for recipe in RECIPES if (recipe.by_default if names is None else recipe.name in names)]
 
 
 @contextmanager

@@ -48,10 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_usage(error: Exception) -> bool:
-    own = isinstance(error, ImportError) and str(error.name).startswith(
-        "lcqat_min"
-    )  # of a file or name of this package
-    return not own and (isinstance(error, USAGE) or type(error).__name__ in ALSO_USAGE)
+    if isinstance(error, ImportError) and str(error.name).startswith("lcqat_min"):
+        return False  # of a file or name of this package
+    return isinstance(error, USAGE) or type(error).__name__ in ALSO_USAGE or "InvalidCxxCompiler" in str(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +82,7 @@ def _add_compare(add: Callable) -> None:
     compare = add("compare", "compare.run_compare", "all methods on one model", description=_compare_help())
     _model(compare)
     _text_and_device(compare)
-    compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these (default: all)")
+    compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows of the table (default: all)")
     compare.add_argument("--seeds", nargs="+", type=seed, default=[0], metavar="N", help="one run each (default: 0)")
     compare.add_argument("--tokens", type=positive, metavar="N", help="training tokens per method (default: 61440)")
     compare.add_argument("--prompt", default="Return the", help="continued by each method (default: %(default)r)")

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .digits import digits_of
-from .matrix import Codebook
+from .matrix import LinearCodebook
 from .search import Search, nearest_level
 
 FP32 = torch.float32  # whatever the default dtype is
@@ -46,7 +46,7 @@ EXACT_BITS = 8  # up to 256 codewords are searched one by one
 
 
 @dataclass(frozen=True)
-class AffineCodebook(Codebook):
+class AffineCodebook(LinearCodebook):
     """w_hat = A q + b.  A: fp32 [d, k]; b: fp32 [d]; levels: 2 (bit-planes) or 4 (the paper's lattice)."""
 
     A: Tensor
@@ -90,6 +90,14 @@ class AffineCodebook(Codebook):
 
         return nearest_by_halves(self.A, self.b, self.levels, metrics)
 
+    def linear_form(self, h: Tensor) -> tuple[Tensor, Self]:
+        """As in Codebook: h [M, in] itself, and the codebook as planes."""
+        return h, self.as_planes()
+
+    def band(self, vectors: int) -> Tensor:
+        """As in Codebook: A of the planes, once for each vector. The offset b is not in it."""
+        return torch.block_diag(*[self.as_planes().A.T] * vectors)
+
     def as_planes(self) -> Self:
         """A digit of four levels is hi + lo / 2, so its column of A becomes two: A and A / 2."""
         if self.levels == 2:
@@ -97,15 +105,13 @@ class AffineCodebook(Codebook):
         columns = torch.stack([self.A, self.A / 2], dim=2)  # hi0 lo0 hi1 lo1 ...: the bits keep their order
         return replace(self, A=columns.flatten(1), levels=2)
 
-    def solved(self, x: Tensor, index: Tensor) -> Self:
-        """The least-squares (A, b) for vectors x [N, d] with these codes; fp64 normal equations, (k + 1) x (k + 1)."""
-        q = nn.functional.pad(self.digits(index), (0, 1), value=1.0).double()
-        normal = q.T @ q + 1e-6 * torch.eye(q.shape[1]).to(q)  # a digit may be constant here
-        return self.with_map(torch.linalg.solve(normal, q.T @ x.double()).T)
+    def features(self, index: Tensor) -> Tensor:
+        """Index (integers [...]) -> q and a one, fp32 [..., k + 1]."""
+        return nn.functional.pad(self.digits(index), (0, 1), value=1.0)
 
-    def with_map(self, both: Tensor) -> Self:
+    def with_map(self, wide: Tensor) -> Self:
         """The codebook of these levels with [A | b], any dtype, [d, k + 1]."""
-        return replace(self, A=both[:, :-1].float().contiguous(), b=both[:, -1].float().contiguous())
+        return replace(self, A=wide[:, :-1].float().contiguous(), b=wide[:, -1].float().contiguous())
 
     def ahead_of(self, previous: Self, momentum: float) -> Self:
         """A changes slowly and in one direction for many rounds; b does not."""

@@ -39,8 +39,18 @@ class Codebook(Protocol):
         """The codebook moved on by `momentum` times its change since `previous`; itself where that does not pay."""
         return self
 
-    def as_planes(self) -> Any:
-        """The same codebook, index by index, as an AffineCodebook of two levels per digit; None if there is none."""
+    def linear_form(self, h: Tensor) -> Any:
+        """h' and an AffineCodebook of two levels per digit, whose product is that of h [M, in]; None if there is none.
+
+        So D h is the product of h' with the same indices as planes.
+        """
+        return None
+
+    def band(self, vectors: int) -> Tensor | None:
+        """The map from the digits of so many vectors, and of later ones that they depend on, to their weights.
+
+        fp32 [digits, vectors * d], for digits of two levels; None if there is none.
+        """
         return None
 
     def codewords(self) -> Tensor:
@@ -59,7 +69,24 @@ class Codebook(Protocol):
         return self.searcher(None)(x.T, 0)
 
 
+class LinearCodebook(Codebook, Protocol):
+    """A codebook whose weights are a learned linear map of what the index says: w_g = map @ features_g."""
+
+    def features(self, index: Tensor) -> Tensor:
+        """Index (integers [..., n / d]) -> fp32 [..., n / d, k]."""
+
+    def with_map(self, wide: Tensor) -> Self:
+        """The codebook of this kind with that map [d, k], any dtype."""
+
+    def solved(self, x: Tensor, index: Tensor) -> Self:
+        """The least-squares map for vectors x [N, d] with N indices; fp64 normal equations, k x k."""
+        f = self.features(index).flatten(0, -2).double()
+        normal = f.T @ f + 1e-6 * torch.eye(f.shape[1]).to(f)  # a digit may be constant here
+        return self.with_map(torch.linalg.solve(normal, f.T @ x.double()).T)
+
+
 B = TypeVar("B", bound=Codebook)
+M = TypeVar("M", bound=LinearCodebook)
 
 
 @dataclass(frozen=True)

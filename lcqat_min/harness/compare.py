@@ -34,6 +34,7 @@ from ..packing.size import bits_per_weight
 from ..ptq.lcqat import LCQAT
 from ..ptq.method import Method
 from ..ptq.model import quantize
+from ..ptq.trellis import Trellis
 from ..qat.config import TrainConfig
 from ..qat.loop import train
 from ..systems.free_vq import FreeVQ
@@ -49,7 +50,7 @@ class Recipe:
     """The settings of a method.
 
     quant: None leaves the model unquantized. rates: learning rates of TrainConfig; None does not train. teacher: train
-    on the unquantized model's predictions, else on next tokens.
+    on the unquantized model's predictions, else on next tokens. by_default: part of the comparison without being named.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Recipe:
     quant: Method | None
     rates: dict[str, Any] | None = None
     teacher: bool = True
+    by_default: bool = True
 
 
 _SCALAR = LCQAT(codebook="scalar", rotate="none")
@@ -94,6 +96,19 @@ RECIPES = (
         "untied bit-planes, rotated, A and b learned",
         LCQAT(),
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Recipe(
+        "lcqat-trellis",
+        "vectors that overlap: 4 taps, 64 states, rotated, taps learned",
+        Trellis(),
+        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+    ),
+    Recipe(
+        "lcqat-planes8",
+        "untied bit-planes for 8 weights, 65,536 codewords; slow to round",
+        LCQAT(dim=8),
+        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        by_default=False,
     ),
     Recipe(
         "free-vq",

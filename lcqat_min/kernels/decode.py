@@ -17,52 +17,84 @@ Limits: one row of h has to be multiplied with each weight after it was decoded;
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import unpack_bits
 from ..codebook.digits import digits_of
 from ..codebook.matrix import Codebook
+from ..codebook.trellis import TrellisCodebook
 
-WORKSPACE = 1 << 22  # bytes of decoded weights at a time: they stay in the cache, and parts are few
+WORKSPACE = 1 << 21  # bytes of decoded weights at a time: they stay in the cache, and parts are few
 
 
 def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:
     """D h: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]."""
-    rows = max(1, WORKSPACE // (4 * h.shape[1]))
-    return torch.cat([decode(part, book, h.shape[1]) @ h.T for part in codes.split(rows)]).T
+    tables, columns, room = byte_tables(book), h.shape[1], dict[object, Tensor]()
+    parts = codes.split(max(1, WORKSPACE // (4 * columns)))
+    weights = (_look_up(part, tables, book, room) if tables else decode(part, book, columns) for part in parts)
+    y = torch.cat([D[:, :columns] @ h.T for D in weights]).T
+    if tables and (end := _row_end(book, columns)) is not None:
+        y = y + h[:, columns - len(end) :] @ end[:, None]
+    return y
 
 
 def decode(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """D: packed codes uint8 [rows, bytes] -> weights [rows, columns] of `dtype`, without scales."""
-    tables = byte_tables(book)
-    if not tables:
-        index = unpack_bits(codes, book.bits, -(-columns // book.dim))
-        return book.decode(index).flatten(1)[:, :columns].to(dtype)
-    codes = F.pad(codes, (0, -codes.shape[1] % len(tables)))
+    if not (tables := byte_tables(book)):
+        return book.decode(unpack_bits(codes, book.bits, -(-columns // book.dim))).flatten(1)[:, :columns].to(dtype)
     exact = dtype if len(tables) == 1 else torch.float32  # rounded once
-    parts = [_look_up(codes[:, i :: len(tables)], table.to(exact)) for i, table in enumerate(tables)]
-    return sum(parts[1:], parts[0])[:, :columns].to(dtype)
+    D = _look_up(codes, [table.to(exact) for table in tables], book, {})[:, :columns]
+    if (end := _row_end(book, columns)) is not None:
+        D = D + F.pad(end, (columns - len(end), 0))
+    return D.to(dtype)
+
+
+def _row_end(book: Codebook, columns: int) -> Tensor | None:
+    """What the last of the `columns` weights of a row have more than their bytes say; None for most codebooks."""
+    if not isinstance(book, TrellisCodebook) or not book.reach:
+        return None
+    vectors = -(-columns // book.dim)
+    return book.row_end(vectors).flatten()[: columns - max(0, vectors - book.reach) * book.dim]
 
 
 def byte_tables(book: Codebook) -> list[Tensor]:
-    """What each byte of the smallest group of whole vectors adds to the weights of the group, fp32 [256, weights]."""
+    """What each byte adds to the weights of the smallest group of whole vectors, fp32 [256, weights].
+
+    The bytes are those of the group and, where vectors overlap, of the vectors behind it.
+    """
     octets, m = torch.arange(256, device=book.device), book.bits
-    if 8 % m == 0:
+    if 8 % m == 0 and not isinstance(book, TrellisCodebook):
         return [book.decode(unpack_bits(octets.byte()[:, None], m, 8 // m)).flatten(1)]
-    if (planes := book.as_planes()) is None:
+    vectors = math.lcm(8, m) // m
+    if (band := book.band(vectors)) is None:
         return []
-    digits, count = digits_of(octets, 8, 2), math.lcm(8, m) // 8
-    alone = [F.pad(digits, (8 * i, 8 * (count - 1 - i))).unflatten(1, (-1, m)) for i in range(count)]
-    return [(q @ planes.A.T + planes.b / count).flatten(1) for q in alone]
+    tables = [digits_of(octets, 8, 2) @ rows for rows in F.pad(band, (0, 0, 0, -len(band) % 8)).split(8)]
+    if isinstance(book, AffineCodebook):
+        tables[0] += book.b.repeat(vectors)
+    return tables
 
 
-def _look_up(codes: Tensor, table: Tensor) -> Tensor:
-    """uint8 [rows, bytes], [256, w] -> [rows, bytes * w]."""
-    if table.shape[1] != 4 or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return F.embedding(codes.int(), table).flatten(1)
-    # Four weights are copied faster as one number of 8 or 16 bytes. Programs that trace this know no such numbers.
-    fours = table.view(torch.complex128 if table.dtype == torch.float32 else torch.int64).flatten()
-    return fours.index_select(0, codes.int().flatten()).view(table.dtype).view(len(codes), -1)
+def _look_up(codes: Tensor, tables: list[Tensor], book: Codebook, room: dict[object, Tensor]) -> Tensor:
+    """uint8 [rows, bytes], `byte_tables` -> [rows, weights], in memory that `room` keeps.
+
+    New memory for each part would cost more than the lookup (page faults).
+    """
+    count = math.lcm(8, book.bits) // 8  # bytes of a group
+    groups = -(-codes.shape[1] // count)
+    codes, parts = F.pad(codes, (0, groups * count + len(tables) - count - codes.shape[1])), []
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # traced programs know neither `out` nor what follows
+        octets = (codes[:, i::count][:, :groups].int() for i in range(len(tables)))
+        return sum(F.embedding(one, table).flatten(1) for one, table in zip(octets, tables, strict=True))
+    for i, table in enumerate(tables):
+        octets, one = codes[:, i::count][:, :groups], table
+        if table.shape[1] == 4:  # four weights are copied faster as one number of 8 or 16 bytes
+            one = table.view(torch.complex128 if table.dtype == torch.float32 else torch.int64).flatten()
+        index = room.setdefault(octets.shape, octets.new_empty(octets.shape, dtype=torch.int32)).copy_(octets)
+        weights = room.setdefault(("of", i, len(codes)), one.new_empty((index.numel(), *one.shape[1:])))
+        parts.append(torch.index_select(one, 0, index.flatten(), out=weights).view(table.dtype).view(len(codes), -1))
+    return reduce(Tensor.add_, parts)

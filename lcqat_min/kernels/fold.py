@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..codebook.affine import AffineCodebook
 
-SIGN_BIT = -(1 << 31)
+HALVES = [2.0 ** (6 - bit) for bit in range(8)]
 
 
 def fold(x: Tensor, row_bytes: int, planes: AffineCodebook) -> tuple[Tensor, Tensor]:
@@ -38,12 +38,14 @@ def fold(x: Tensor, row_bytes: int, planes: AffineCodebook) -> tuple[Tensor, Ten
 
 
 def sum_of_signs(parts: Tensor, codes: Tensor) -> Tensor:
-    """x' by bit, fp32 [8, M, bytes], the first bit the highest; packed codes uint8 [out, bytes] -> fp32 [M, out]."""
-    negative = ~codes.int() << 24  # widened once, not for each bit; bit 0 of a byte is now the sign bit of a number
-    return sum(
-        # -x' is x' with its sign bit flipped. A sum for each bit, so that none waits for another.
-        (part.view(torch.int32).unsqueeze(1) ^ (negative << bit & SIGN_BIT)).view(torch.float32).sum(-1)
-        for bit, part in enumerate(parts)
+    """x' / half by bit, fp32 [8, M, bytes], the first bit the highest; packed codes uint8 [out, bytes] -> [M, out].
+
+    half: of the value of the bit in its byte, so (bit - half) / half is -1 or +1, exactly.
+    """
+    codes = codes.int()  # widened once, not for each bit
+    return sum(  # a sum for each bit, so that none waits for another
+        (((codes & 128 >> bit).float() - half) * part.unsqueeze(1)).sum(-1)
+        for bit, (half, part) in enumerate(zip(HALVES, parts, strict=True))
     )
 
 
@@ -51,7 +53,8 @@ def by_planes(x: Tensor, codes: Tensor, planes: AffineCodebook, compiled: bool =
     """D x: fp32 [M, in], packed codes uint8 [out, bytes] -> fp32 [M, out]. compiled: here, at the first call."""
     folded, constant = fold(x, codes.shape[1], planes)  # few and small steps: called faster than compiled
     multiply = _compiled(sum_of_signs) if compiled else sum_of_signs
-    return multiply(folded.unflatten(1, (-1, 8)).permute(2, 0, 1).contiguous(), codes) + constant[:, None]
+    parts = folded.unflatten(1, (-1, 8)) / torch.tensor(HALVES, dtype=x.dtype, device=x.device)
+    return multiply(parts.permute(2, 0, 1).contiguous(), codes) + constant[:, None]
 
 
 _compiled = cache(torch.compile)

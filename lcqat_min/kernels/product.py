@@ -33,7 +33,9 @@ from ..codebook.matrix import Codebook
 from .decode import by_decoding, byte_tables, decode
 from .fold import by_planes
 
-FEW_ROWS = 16  # of h. For more, the dense product costs more than decoding. On GPUs a prediction: nothing was timed yet
+# Rows of h for which each bit of the codes is multiplied. For more, decoding costs less. On GPUs a prediction: nothing was
+# timed yet.
+FEW_ROWS = {"cpu": 4, "cuda": 16}
 
 
 def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compiled: bool = False) -> Tensor:
@@ -47,19 +49,17 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
     if codes.dtype != torch.uint8 or codes.shape[1:] != (row_bytes,):
         needed = f"{h.shape[1]} inputs need uint8 [out, {row_bytes}], as pack_bits makes them"
         raise ValueError(f"product: the packed codes are {codes.dtype} {list(codes.shape)}; {needed}")
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # for any number of rows, and any machine
-    compiling = torch.compiler.is_compiling()
+    # What is recorded is for any number of rows, and any machine.
+    compiling, recorded = torch.compiler.is_compiling(), torch.jit.is_tracing() or torch.compiler.is_exporting()
     dense = recorded or (torch.is_grad_enabled() and h.requires_grad)
-    planes = book.as_planes() if not dense and 0 < h.shape[0] <= FEW_ROWS else None
-    if planes is not None and compiling:
-        return by_planes(h, codes, planes)
-    if planes is not None and on_gpu(h) and (kernels := working_kernels(h.device)):
-        return kernels.launch_fused(h, codes, planes, 3 if dtype == torch.float32 else 2)
-    if planes is not None and compiled and not on_gpu(h):
-        return by_planes(h, codes, planes, compiled)
+    form = book.linear_form(h) if not dense and 0 < h.shape[0] <= FEW_ROWS.get(h.device.type, 4) else None
+    if form and (compiling or (compiled and not on_gpu(h))):
+        return by_planes(form[0], codes, form[1], not compiling)
+    if form and on_gpu(h) and (kernels := working_kernels(h.device)):
+        return kernels.launch_fused(form[0], codes, form[1], 2 if dtype.itemsize == 2 else 3)
     if not (dense or compiling or on_gpu(h)):  # for a compiler, parts would be nodes of its graph by the thousand
         return by_decoding(h, codes, book)
-    dtype = dtype if on_gpu(h) and not recorded else torch.float32
+    dtype = dtype if on_gpu(h) and dtype.itemsize == 2 and not recorded else torch.float32
     unit = h.detach().abs().amax(1, keepdim=True).clamp(min=2.0**-100)  # fp16 ends at 65504, and D lacks row scales
     return ((h / unit).to(dtype) @ dequantize(codes, book, h.shape[1], dtype).T).float() * unit
 
@@ -82,9 +82,9 @@ def working_kernels(device: torch.device) -> ModuleType | None:
     try:
         from . import triton_kernels
 
-        codes, planes = torch.arange(256, dtype=torch.uint8, device=device).view(8, 32), frame_planes().to(device)
-        h = torch.linspace(-1, 1, 256, dtype=torch.float32, device=device).view(2, 128)
-        y = triton_kernels.launch_fused(h, codes, planes, 3)
+        codes, planes = torch.arange(256, dtype=torch.uint8).view(8, 32), frame_planes()
+        h = torch.linspace(-1, 1, 256, dtype=torch.float32).view(2, 128)
+        y = triton_kernels.launch_fused(h.to(device), codes.to(device), planes.to(device), 3).cpu()
         torch.testing.assert_close(y, by_decoding(h, codes, planes), rtol=1e-4, atol=1e-4)
         return triton_kernels
     except Exception as error:

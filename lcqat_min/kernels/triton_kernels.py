@@ -55,9 +55,8 @@ def launch_fused(h: Tensor, codes: Tensor, planes: AffineCodebook, limbs: int) -
     tile = {"COLUMNS": max(LEAST_COLUMNS, triton.next_power_of_2(columns)), "ROWS": TILE_ROWS, "BYTES": TILE_BYTES}
     with torch.cuda.device_of(h):  # Triton launches on the current device
         fold_kernel[tokens, blocks](h.contiguous(), A, b, digits, scale, constant, inputs, tokens, blocks, **sizes)
-        fused_kernel[tiles, len(partial)](
-            codes, digits, scale, constant, partial, rows, row_bytes, blocks, columns, each, **tile
-        )
+        counts = (rows, row_bytes, blocks, columns, each)
+        fused_kernel[tiles, len(partial)](codes, digits, scale, constant, partial, *counts, **tile)
     return partial.view(-1, tokens, rows).sum(0)
 
 

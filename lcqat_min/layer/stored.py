@@ -5,7 +5,7 @@
     row_scale    fp16 [out]           r / unit
     unit         bf16 [1]             a power of two, such that the largest of row_scale is from 2^14 to 2^15
     col_scale    fp16 [in]            c
-    A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]
+    A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]; or taps, fp16 [L + 1, d, m]
     signs_in     uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as indices are; only on sides that
     signs_out    uint8 [out / 8]      are rotated
 
@@ -25,6 +25,7 @@ from ..codebook.affine import AffineCodebook
 from ..codebook.bitstring import pack_bits, unpack_bits
 from ..codebook.matrix import Codebook, CodedMatrix
 from ..codebook.table import TableCodebook
+from ..codebook.trellis import TrellisCodebook
 from ..errors import UsageError
 from .linear import QuantLinear, Signs
 
@@ -81,6 +82,8 @@ def codebook_of(stored: Stored, levels: int = 2) -> Codebook:
     """The codebook in fp32: a table, or planes, in digits of 2 or 4 levels."""
     if "table" in stored:
         return TableCodebook(stored["table"].float())
+    if "taps" in stored:
+        return TrellisCodebook(stored["taps"].float())
     A, b = stored["A"].float(), stored["b"].float()
     return AffineCodebook(A, b, 2) if levels == 2 else AffineCodebook(A[:, ::2].contiguous(), b, 4)
 

@@ -36,9 +36,8 @@ def declared_specs(settings: dict, folder: Path) -> dict[str, PackedSpec]:
         remedy = "quantize the original again, load_state_dict the tensors of this folder, and call save_packed"
         raise UsageError(f"{folder} was written by save_pretrained from a model in training: {remedy}")
     if version != VERSION:
-        raise UsageError(
-            f"{folder} has format version {version}, not {VERSION}: quantize again, or use the lcqat_min that wrote it"
-        )
+        remedy = "quantize again, or use the lcqat_min that wrote it"
+        raise UsageError(f"{folder} has format version {version}, not {VERSION}: {remedy}")
     try:
         return {name: PackedSpec(**spec) for name, spec in settings["layers"].items()}
     except (LookupError, TypeError, AttributeError) as error:
@@ -56,8 +55,8 @@ def check_tensors(files: Sequence[Path], specs: dict[str, PackedSpec]) -> None:
     found: dict[str, tuple] = {}
     for file in files:
         with reading(file, REMEDY), safe_open(file, framework="pt") as stored:
-            slices = {name: stored.get_slice(name) for name in stored.keys()}
-            found |= {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
+            slices = ((name, stored.get_slice(name)) for name in stored.keys())
+            found |= {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices}
     for layer, spec in specs.items():
         for key, (dtype, shape) in spec.tensors(spec.owner == layer).items():
             want, got = (HEADER_DTYPES[dtype], shape), found.get(f"{layer}.{key}", "missing")

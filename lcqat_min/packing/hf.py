@@ -42,9 +42,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # so transformers refuses to quantize a model with this method while it loads it
     is_trainable = False
 
-    def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str], **kwargs: object
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str], **_: object) -> None:
         files = [Path(file) for file in checkpoint_files]
         specs = declared_specs(self.quantization_config.to_dict(), files[0].parent)
         check_tensors(files, specs)
@@ -71,8 +69,6 @@ def _shared(specs: dict[str, PackedSpec], model: nn.Module) -> dict[str, PackedS
     has = {name for name, _ in model.named_modules()}
     names = {name: own for name in specs for own in (prefix + name, name.removeprefix(prefix), name) if own in has}
     if not names or any(specs[name].owner not in names for name in names):
-        raise UsageError(
-            f"{type(model).__name__} lacks layers of the packed model, such as {next(iter(specs))!r}: load it with the "
-            "class that config.json names under `architectures`"
-        )
+        lacks = f"{type(model).__name__} lacks layers of the packed model, such as {next(iter(specs))!r}"
+        raise UsageError(f"{lacks}: load it with the class that config.json names under `architectures`")
     return {own: replace(specs[name], owner=names[specs[name].owner]) for name, own in names.items()}

@@ -26,10 +26,9 @@ from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..codebook.affine import AffineCodebook
-from ..codebook.matrix import Codebook, CodedMatrix
+from ..codebook.matrix import Codebook, CodedMatrix, M
 from ..errors import UsageError
 from .moments import Factor
 
@@ -65,7 +64,7 @@ def plain_round(W: Tensor, scale: Tensor, codebook: Codebook) -> tuple[Tensor, T
 def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> tuple[Tensor, Tensor]:
     """Rounding with error feedback (block LDLQ): shapes as in plain_round; target holds the carried error."""
     n, d = W.shape[1], codebook.dim
-    L, metrics = _feedback_of(factor.C, d)
+    L, metrics = feedback_of(factor.C, d)
     search, words = codebook.searcher(metrics), codebook.codewords().T.contiguous()
     target = W.T.clone(memory_format=torch.contiguous_format).div_(scale)  # [n, out]: a vector is d rows
     error = target.clone()  # W - W_hat, once a vector is rounded
@@ -82,12 +81,11 @@ def ldlq_round(W: Tensor, scale: Tensor, codebook: Codebook, factor: Factor) -> 
     return index.T, target.T
 
 
-def _feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk over their mean, [n/d, d, d]."""
+def feedback_of(C: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Feedback (C C_kk^-1)^T of each vector's columns, fp32 [n, n]; metrics C_kk, their mean 1, [n/d, d, d]."""
     blocks = torch.stack([C[k : k + d, k : k + d] for k in range(0, len(C), d)])
     L = torch.linalg.inv(blocks).mT.float() @ C.float().T.reshape(-1, d, len(C))
-    metrics = blocks / blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return L.flatten(0, 1), metrics.float()
+    return L.flatten(0, 1), (blocks / blocks.diagonal(dim1=1, dim2=2).mean()).float()
 
 
 def round_matrix(
@@ -105,7 +103,7 @@ def round_matrix(
         raise UsageError(f"{got}; the first two must be equal and a multiple of the third: pad them")
     if not torch.isfinite(W).all():
         raise UsageError("the weights hold NaN or infinity. Check where they come from.")
-    return reduce(_better_rows, _candidates(W, factor, codebook, torch.stack(list(scales)), feedback))
+    return reduce(better_rows, _candidates(W, factor, codebook, torch.stack(list(scales)), feedback))
 
 
 def _candidates(W: Tensor, factor: Factor, codebook: Codebook, scales: Tensor, feedback: bool) -> Iterator[Rounded]:
@@ -120,7 +118,7 @@ def _candidates(W: Tensor, factor: Factor, codebook: Codebook, scales: Tensor, f
                 yield Rounded(CodedMatrix(codebook, index, scale), target, loss)
 
 
-def _better_rows(one: Rounded, other: Rounded) -> Rounded:
+def better_rows(one: Rounded, other: Rounded) -> Rounded:
     """Each row from the one that loses less there."""
     win = other.loss < one.loss
     index = torch.where(win[:, None], other.coded.index, one.coded.index)
@@ -136,20 +134,21 @@ def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tens
     return [(factor * rms).clamp(min=SMALLEST_SCALE) for factor in factors]
 
 
-def refit(W: Tensor, coded: CodedMatrix[AffineCodebook], H: Tensor) -> AffineCodebook:
-    """Least-squares (A, b) for fixed codes and scales under the proxy loss: a codebook that knows the data.
+def refit(W: Tensor, coded: CodedMatrix[M], H: Tensor) -> M:
+    """The least-squares map of a codebook for fixed codes and scales under the proxy loss: it then knows the data.
 
-    The loss is quadratic in theta = (A, b), d (k + 1) numbers. With Z_j [out, n/d] the scaled digits j (ones
-    for j = k), H_ii' the [n/d, n/d] part of H between coordinates i and i' of the vectors:
-    normal matrix[(i,j), (i',j')] = sum( (Z_j^T Z_j') * H_ii' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
+    The weights are linear in the map [d, k]: w_g = map @ f_g, with the features f of codebook/matrix.py (for A and b the
+    digits and a one). So the loss is quadratic. With Z_j the feature j, scaled, [out, n/d], and H_i the rows of H for
+    coordinate i of the vectors, [n/d, n], whose columns i' are those of coordinate i':
+    normal matrix[(i,j), (i',j')] = sum( (Z_j H_i)_i' * Z_j' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
-    d, groups = coded.codebook.dim, coded.index.shape[1]
-    q = nn.functional.pad(coded.codebook.digits(coded.index), (0, 1), value=1.0)
-    Z = q * coded.scale[:, None, None]  # [out, n/d, k+1]
-    parts = H.reshape(groups, d, groups, d).permute(1, 3, 0, 2).reshape(d * d, -1)
-    # One digit j at a time: all at once take k + 1 times the memory, gigabytes for wide layers.
-    sums = torch.stack([torch.einsum("og,ohl->lgh", Z_j, Z).flatten(1) @ parts.T for Z_j in Z.unbind(2)])
-    normal = sums.double().unflatten(2, (d, d)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+    book, (out, groups) = coded.codebook, coded.index.shape
+    Z = (book.features(coded.index) * coded.scale[:, None, None]).flatten(0, 1)  # [out n/d, k]
+    d, k = book.dim, Z.shape[1]
+    normal = torch.stack(  # one feature at a time: all at once take k times the memory, gigabytes for wide layers
+        [(Z_j.view(out, groups) @ H[i::d]).view(-1, d).T @ Z for i in range(d) for Z_j in Z.unbind(1)]
+    )
+    normal = normal.view(d * k, d * k).double()
     normal.diagonal().add_(1e-9 * normal.diagonal().mean())
-    right = torch.einsum("ogj,ogi->ij", Z, (W @ H).unflatten(1, (groups, d))).double().flatten()
-    return coded.codebook.with_map(torch.linalg.solve(normal, right).view(d, -1))
+    right = ((W @ H).view(-1, d).T @ Z).double().flatten()
+    return book.with_map(torch.linalg.solve(normal, right).view(d, k))

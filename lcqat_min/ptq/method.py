@@ -11,6 +11,7 @@ name. CONTRIBUTING.md has a complete example. A method may use as much of the re
     round      codes for the prepared W, by ptq/ldlq.py:
                round 0   at the best of a few scales per row, SCALE_FACTORS times its root mean square
                refits    (A, b) by least squares on the layer's outputs, and codes again at NEARBY times those scales
+               sweeps    each vector again, with all others fixed (ptq/sweeps.py)
 
 A refit counts only where it lowers the proxy loss of the whole matrix; the first that does not is the last.
 
@@ -30,6 +31,7 @@ from ..layer.linear import QuantLinear, Signs
 from ..layer.rotation import random_signs, rotate
 from .ldlq import Rounded, refit, round_matrix, row_scales
 from .moments import Factor, factorize
+from .sweeps import swept
 
 ROTATIONS = ("none", "input", "both")
 NEARBY = (0.95, 1.0, 1.05)
@@ -40,6 +42,7 @@ FIT_VECTORS = 1 << 14  # weight vectors of a matrix that its codebook is fitted 
 class Method:
     """rotate     none | input | both: where the block-Hadamard rotation acts
     feedback   carry rounding errors to the next columns (LDLQ), or round plainly
+    sweeps     over all vectors after feedback, at most
     damping    added to the diagonal of the second moments, as a share of its mean; raised when needed
     refits     rounds of rounding again at scales nearby, with a codebook that is fitted to the layer's outputs
     """
@@ -48,12 +51,13 @@ class Method:
     feedback: bool = True
     damping: float = 0.01
     refits: int = 1
+    sweeps: int = 6
 
     def __post_init__(self) -> None:
         self.check("rotate", ROTATIONS)
-        if not 0 <= self.damping < 1 or self.refits < 0:
-            got = f"damping is {self.damping} and refits {self.refits}"
-            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and refits a count, 0 or more")
+        if not 0 <= self.damping < 1 or min(self.refits, self.sweeps) < 0:
+            got = f"damping is {self.damping}, refits {self.refits} and sweeps {self.sweeps}"
+            raise UsageError(f"{got}; damping is a share, from 0 to less than 1, and the others are counts, 0 or more")
 
     def check(self, name: str, allowed: Sequence[str]) -> None:
         """UsageError where the field `name` has none of the values `allowed`."""
@@ -93,7 +97,7 @@ class Method:
             if other.loss.sum() >= best.loss.sum():
                 break
             best = other
-        return best
+        return swept(W, best, factor.H, self.sweeps) if self.feedback else best
 
 
 def rotated(W: Tensor, signs: Signs) -> Tensor:

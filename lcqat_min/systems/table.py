@@ -17,6 +17,7 @@ from ..ptq.method import Method
 # name -> module, class of the method, class of its layers; imported when asked for
 METHODS = {
     "lcqat": ("lcqat_min.ptq.lcqat", "LCQAT", "AffineLinear"),
+    "trellis": ("lcqat_min.ptq.trellis", "Trellis", "TrellisLinear"),
     "lsq": ("lcqat_min.systems.lsq", "LSQ", "StepLinear"),
     "free-vq": ("lcqat_min.systems.free_vq", "FreeVQ", "TableLinear"),
 }

@@ -301,8 +301,8 @@ def test_torch_product_equals_the_dense_one(name, monkeypatch):
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
         expected, tolerance = x.double() @ D.double().T, 2e-6 * size(x, book)
         ways = [product(x, codes, book, FP32), decoding.by_decoding(x, codes, book)]
-        if (planes := book.as_planes()) is not None:
-            ways.append(folding.by_planes(x, codes, planes))
+        if form := book.linear_form(x):
+            ways.append(folding.by_planes(form[0], codes, form[1]))
         for y in ways:
             assert y.shape == (tokens, rows) and ((y - expected).abs() <= tolerance).all()
         torch.testing.assert_close(decode(codes, book, columns), D, rtol=1e-5, atol=1e-5)
@@ -338,7 +338,7 @@ def test_who_multiplies(name, monkeypatch):
 
     def ways(compiled: bool = False) -> list[str]:
         asked.clear()
-        for tokens in (0, 1, products.FEW_ROWS, products.FEW_ROWS + 1):
+        for tokens in (0, 1, products.FEW_ROWS["cpu"], products.FEW_ROWS["cpu"] + 1):
             product(torch.ones(tokens, 64), codes, book_of(name), FP32, compiled)
         assert asked[0] == asked[3] and asked[1] == asked[2]
         return asked[:2]
@@ -351,7 +351,7 @@ def test_who_multiplies(name, monkeypatch):
     monkeypatch.setattr(products, "working_kernels", lambda device: None)
     assert ways() == ["dense", "dense"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert ways() == ["dense", "planes ()" if affine else "dense"]
+    assert ways() == ["dense", "planes (False,)" if affine else "dense"]
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     assert ways() == ["dense", "dense"]
 

@@ -76,7 +76,7 @@ def test_packed_linear_is_compiled_in_one_graph(backend):
     layer, packed = layer_of(frame_planes(), True)
     torch._dynamo.reset()
     compiled = torch.compile(packed, backend=backend, fullgraph=True)
-    for tokens in (1, products.FEW_ROWS + 1):
+    for tokens in (1, products.FEW_ROWS["cpu"] + 1):
         x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
