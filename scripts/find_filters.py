@@ -4,8 +4,9 @@
     python scripts/find_filters.py 3/2/1 3/2/2 --starts 20
 
 Each start alternates two steps, as k-means does: round by the Viterbi algorithm, solve for the taps by least squares.
-The error is measured on fresh weights, in all columns except the last 32, whose later bits are missing. What this prints
-is what lcqat_min/codebook/trellis.py holds as TAPS; where a start ends depends on the processor in its last digits only.
+The error is measured on fresh weights, in all columns except the last 32, whose later bits are missing. What this
+prints is what lcqat_min/codebook/trellis.py holds as TAPS; where a start ends depends on the processor in its last
+digits only.
 """
 
 from __future__ import annotations

@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..disk.whole_file import alone
@@ -35,6 +37,7 @@ from ..harness.text import load_text, say_if_repeated
 from ..layer.linear import quant_layers
 from ..packing.files import bits_per_weight, config_of, export_dense, load_packed, save_packed
 from ..packing.layer import PackedLinear
+from ..ptq.allocate import RATES, allocate
 from ..ptq.method import Method
 from ..ptq.model import quantize
 from ..ptq.select import linear_layers
@@ -49,7 +52,11 @@ FAR = 2.0  # nats per token: more than rounding to 2 bits moves a model
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Quantize a model and save it packed."""
-    method = method_with(args.method, args.set)
+    settings = [*args.set, f"bits={args.bits}"] if args.bits in RATES and not args.mixed else args.set
+    method = method_with(args.method, settings)
+    mixed = args.bits is not None and settings == args.set
+    if mixed and not hasattr(method, "bits"):
+        raise UsageError(f"--bits: {args.method} has 2 bits per weight; choose another --method for other rates")
     with _new(args.out):
         name = args.model or BUNDLED
         model, tokenizer = load(name, choose_device(args.device))
@@ -61,13 +68,23 @@ def run_quantize(args: argparse.Namespace) -> None:
         windows = sample_windows(text.train, count, window, generator)
         print(f"{method}, calibrated on {windows.numel()} tokens")
         choices = {"skip": ("lm_head", *args.skip), "seed": args.seed}
-        reports = quantize(model, windows.split(8), method, progress=lambda names: tqdm(names, unit="layer"), **choices)
+        changes = _rates(model, windows.split(8), method, args.bits, choices) if mixed else {}
+        bar = partial(tqdm, unit="layer")
+        reports = quantize(model, windows.split(8), method, changes=changes, progress=bar, **choices)
         print(save_packed(model, args.out, dtype))
         _save_tokenizer(tokenizer, args.out)
         worst = max(reports, key=lambda report: report.loss)
         print(f"{len(reports)} layers; largest share of output lost: {worst.loss:.4f} in {worst.name}")
         _say_what_is_left(model)
         print(f"packed model: {args.out}")
+
+
+def _rates(model: nn.Module, batches: Sequence[Tensor], method: Method, budget: float, choices: dict) -> dict:
+    """Changes for `quantize` that give each layer its rate: at most `budget` bits on average. Prints what it chose."""
+    rates = allocate(model, batches, method, budget, **choices)
+    counts = sorted(Counter(rates.values()).items())
+    print(f"at most {budget:g} bits per weight: " + ", ".join(f"{n} layers at {rate:g}" for rate, n in counts))
+    return {name: {"bits": rate} for name, rate in rates.items()}
 
 
 def method_with(name: str, settings: list[str]) -> Method:

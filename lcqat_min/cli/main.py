@@ -120,6 +120,11 @@ def _add_makers(add: Callable) -> None:
     _new_folder(quantize, "the packed model")
     quantize.add_argument("--method", choices=METHODS, default="lcqat", help="(default: %(default)s)")
     quantize.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings: codebook=lattice dim=2")
+    rates = "of the codes, on average, at most: 1 to 4 (default: 2); other averages than 1, 1.5, 2, 2.5, 3, 4 mix these"
+    quantize.add_argument("--bits", type=float, metavar="BITS", help=f"bits per weight {rates}")
+    quantize.add_argument(
+        "--mixed", action="store_true", help="mix rates for any --bits: more where the loss is larger"
+    )
     quantize.add_argument("--skip", nargs="+", type=name, default=[], metavar="PART", help="parts of names of layers")
     quantize.add_argument("--tokens", type=positive, default=32768, help="calibration tokens (default: %(default)s)")
     quantize.add_argument("--seed", type=seed, default=0, help="(default: 0)")

@@ -148,8 +148,12 @@ def frame_planes() -> AffineCodebook:
     return AffineCodebook(A, torch.zeros(4, dtype=FP32), levels=2)
 
 
-def random_planes(dim: int, generator: torch.Generator) -> AffineCodebook:
-    """A start for untied planes at 2 bits: planes of scalar grids, jittered so that no two columns align."""
-    A = torch.cat([torch.eye(dim, dtype=FP32), torch.eye(dim, dtype=FP32) / 2], dim=1)
-    jitter = 0.3 * torch.randn(dim, 2 * dim, generator=generator, dtype=FP32)
+def random_planes(dim: int, generator: torch.Generator, bits: int | None = None) -> AffineCodebook:
+    """A start for untied planes of `bits` per vector, 2 dim by default.
+
+    Planes of scalar grids, the weights in turn, jittered so that no two columns align.
+    """
+    bits = 2 * dim if bits is None else bits
+    A = torch.eye(dim, dtype=FP32).repeat(1, -(-bits // dim))[:, :bits] / 2.0 ** (torch.arange(bits) // dim)
+    jitter = 0.3 * torch.randn(dim, bits, generator=generator, dtype=FP32)
     return AffineCodebook(A + jitter, torch.zeros(dim, dtype=FP32), levels=2)

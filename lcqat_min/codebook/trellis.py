@@ -2,9 +2,9 @@
 
     w_g = sum_{l = 0..L}  A_l c_{g+l}        c_g in {-1, +1}^m: m new bits for d weights;  A_l [d, m]: taps
 
-Each vector of d weights is a linear function of its own bits *and of those of the next L vectors*. A row of n weights is
-w = A c with A [n, n m / d] banded: the formula of the other codebooks with d = n, stored as (L + 1) d m numbers. After
-the last vector there are no bits, and their terms are zero. With L = 0 the vectors do not touch: untied planes.
+Each vector of d weights is a linear function of its own bits *and of those of the next L vectors*. A row of n weights
+is w = A c with A [n, n m / d] banded: the formula of the other codebooks with d = n, stored as (L + 1) d m numbers.
+After the last vector there are no bits, and their terms are zero. With L = 0 the vectors do not touch: untied planes.
 
     L       states 2^(mL)   numbers    MSE on N(0,1), m = 2, d = 1, inner columns
     0               1          2       0.1175     Lloyd and Max's scalar quantizer
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UsageError
 from .affine import AffineCodebook
 from .digits import digits_of
 from .matrix import LinearCodebook
@@ -126,8 +125,8 @@ ONE_BIT = AffineCodebook(torch.ones(1, 1, dtype=torch.float32), torch.zeros(1, d
 def filtered(c: Tensor, taps: Tensor) -> Tensor:
     """sum_l taps_l c_{g+l}: c fp32 [..., G, m], taps [L + 1, d, m] -> [..., G, d], with gradient to both.
 
-    The vectors are taken SPAN at a time, as a product with a part of the banded matrix: taps by themselves are too small
-    for a fast product.
+    The vectors are taken SPAN at a time, as a product with a part of the banded matrix: taps by themselves are too
+    small for a fast product.
     """
     (_, d, m), reach, groups = taps.shape, len(taps) - 1, c.shape[-2]
     span = max(SPAN, reach)

@@ -33,8 +33,8 @@ from ..codebook.matrix import Codebook
 from .decode import by_decoding, byte_tables, decode
 from .fold import by_planes
 
-# Rows of h for which each bit of the codes is multiplied. For more, decoding costs less. On GPUs a prediction: nothing was
-# timed yet.
+# Rows of h for which each bit of the codes is multiplied. For more, decoding costs less. On GPUs a prediction: nothing
+# was timed yet.
 FEW_ROWS = {"cpu": 4, "cuda": 16}
 
 

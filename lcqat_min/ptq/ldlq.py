@@ -137,10 +137,10 @@ def row_scales(W: Tensor, factors: Iterable[float] = SCALE_FACTORS) -> list[Tens
 def refit(W: Tensor, coded: CodedMatrix[M], H: Tensor) -> M:
     """The least-squares map of a codebook for fixed codes and scales under the proxy loss: it then knows the data.
 
-    The weights are linear in the map [d, k]: w_g = map @ f_g, with the features f of codebook/matrix.py (for A and b the
-    digits and a one). So the loss is quadratic. With Z_j the feature j, scaled, [out, n/d], and H_i the rows of H for
-    coordinate i of the vectors, [n/d, n], whose columns i' are those of coordinate i':
-    normal matrix[(i,j), (i',j')] = sum( (Z_j H_i)_i' * Z_j' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
+    The weights are linear in the map [d, k]: w_g = map @ f_g, with the features f of codebook/matrix.py (for A and b
+    the digits and a one). So the loss is quadratic. With Z_j the feature j, scaled, [out, n/d], and H_i the rows of H
+    for coordinate i of the vectors, [n/d, n], whose columns i' are those of coordinate i': normal matrix[(i,j),
+    (i',j')] = sum( (Z_j H_i)_i' * Z_j' ),  right side[(i,j)] = sum( Z_j * (W H)_i ).
     """
     book, (out, groups) = coded.codebook, coded.index.shape
     Z = (book.features(coded.index) * coded.scale[:, None, None]).flatten(0, 1)  # [out n/d, k]

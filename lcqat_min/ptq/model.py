@@ -17,7 +17,8 @@ method (ptq/method.py); then all layers are replaced. Same seed, same codes, bit
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -55,14 +56,16 @@ def quantize(
     batches: Iterable[Batch],
     method: Method | None = None,
     *,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     skip: tuple[str, ...] = ("lm_head",),
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[LayerReport]:
     """Quantize `model` in place from calibration batches of token ids [B, T]; returns one report per layer.
 
-    method: LCQAT() where none is given. skip: parts of the names of layers that stay unquantized. seed: of all that is
-    random. progress: may wrap the loop over layers (tqdm.tqdm).
+    method: LCQAT() where none is given. changes: other settings of it for some layers, by a part of their names, such
+    as {"down_proj": {"bits": 3}}; a whole name comes before parts. skip: parts of the names of layers that stay
+    unquantized. seed: of all that is random. progress: may wrap the loop over layers (tqdm.tqdm).
 
     No layer is replaced before all are rounded, so an error leaves the model as it was. Batches with padding are given
     as the tokenizer makes them (language_model.py). Save the result with packing.save_packed or with a checkpoint of
@@ -72,15 +75,15 @@ def quantize(
     """
     if isinstance(skip, str):
         raise UsageError(f"skip is the text {skip!r}; give a tuple: ({skip!r},)")
-    layers, texts = _layers_and_texts(model, batches, skip)
+    layers, texts = layers_and_texts(model, batches, skip)
     generator, method = torch.Generator().manual_seed(seed), method or LCQAT()
     made, reports = {}, []
     with torch.autocast(next(iter(layers.values())).weight.device.type, enabled=False):  # scales and codes in fp32
-        method = method.start(list(layers.values()), generator)
-        for name, (H, tokens) in zip(progress(layers), _moments(model, layers, texts), strict=False):
+        methods = methods_of(method.start(list(layers.values()), generator), list(layers), changes or {})
+        for name, (H, tokens) in zip(progress(layers), moments_of(model, layers, texts), strict=False):
             W, unit = in_units(weight_of(layers[name]))
             H /= in_units(H)[1]  # in place: it may take gigabytes
-            made[name] = layer = method.layer(W, H, layers[name].bias, generator)
+            made[name] = layer = methods[name].layer(W, H, layers[name].bias, generator)
             layer.set_row_scale(unit * layer.row_scale)
             if not torch.isfinite(weight := layer.weight.detach()).all():
                 raise UsageError(f"{name!r} reaches {unit * W.abs().max():.3g}, too much for fp32: name it in `skip`")
@@ -91,6 +94,22 @@ def quantize(
         model.set_submodule(name, layer)
     mark(model)
     return reports
+
+
+def methods_of(method: Method, layers: Sequence[str], changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
+    """The method of each layer. UsageError for a change that no layer has, and for a setting that the method lacks."""
+    if unused := [part for part in changes if not any(part in name for name in layers)]:
+        raise UsageError(
+            f"changes name {unused[0]!r}, which is part of no layer; the first are {', '.join(layers[:5])}"
+        )
+    found = {}
+    for name in layers:
+        part = name if name in changes else next((part for part in changes if part in name), None)
+        try:
+            found[name] = replace(method, **changes[part]) if part else method
+        except TypeError as error:
+            raise UsageError(f"changes[{part!r}]: {error}") from error
+    return found
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -113,7 +132,7 @@ def mark(model: nn.Module) -> None:
                 module.config = own
 
 
-def _layers_and_texts(model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]) -> tuple[dict, list[Tensor]]:
+def layers_and_texts(model: nn.Module, batches: Iterable[Batch], skip: tuple[str, ...]) -> tuple[dict, list[Tensor]]:
     """The layers to quantize, by name, and the text of the batches; warns of what is left as it is."""
     layers, left, texts = dict(linear_layers(model, skip)), left_alone(model, skip), []
     if layers:
@@ -144,7 +163,7 @@ def _checked(batches: Iterable[Batch], model: nn.Module, layers: dict[str, nn.Mo
     return texts
 
 
-def _moments(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
+def moments_of(model: nn.Module, layers: dict[str, nn.Module], texts: list[Tensor]) -> Iterator[Moments]:
     """Second moments of each layer; for layers that no token reaches the identity, which is plain rounding.
 
     As many layers at a time as MOMENTS_BYTES holds, and at least one.

@@ -1,14 +1,14 @@
 """Sweeps: coordinate descent, after rounding with feedback. Each vector once more, with all others as they are now.
 
-Feedback (ptq/ldlq.py) decides from the last vector to the first and never looks back. But once all are rounded, each can
-be chosen again in the light of all the others. With the errors E = W - W_hat and H_gg the [d, d] part of H of vector g,
-the proxy loss as a function of w_g alone is
+Feedback (ptq/ldlq.py) decides from the last vector to the first and never looks back. But once all are rounded, each
+can be chosen again in the light of all the others. With the errors E = W - W_hat and H_gg the [d, d] part of H of
+vector g, the proxy loss as a function of w_g alone is
 
     loss = (w_g - t_g) H_gg (w_g - t_g)^T + rest        t_g = W_g + sum_{j != g} e_j H_jg H_gg^-1
 
 so the best codeword is the nearest to t_g in the metric H_gg: one search per vector, as in feedback. A vector changes
-only where that lowers the loss, so no sweep raises it. Within a block of columns (E H) is updated after each vector, for
-all other columns after each block: one product with H per sweep.
+only where that lowers the loss, so no sweep raises it. Within a block of columns (E H) is updated after each vector,
+for all other columns after each block: one product with H per sweep.
 
 QuantEase (arXiv 2309.01885) rounds so from the start; QuIP#'s released code does it after feedback.
 
@@ -39,7 +39,7 @@ def swept(W: Tensor, rounded: Rounded, H: Tensor, sweeps: int) -> Rounded:
 def _sweep_rows(
     x: Tensor, book: Codebook, index: Tensor, target: Tensor, H: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """x [n, out], index [n/d, out], target [n, out] -> index, target; tensors have the rows of W last, as in ldlq.py."""
+    """x [n, out], index [n/d, out], target [n, out] -> index, target. The rows of W come last, as in ldlq.py."""
     n, d = len(x), book.dim
     blocks = torch.stack([H[k : k + d, k : k + d] for k in range(0, n, d)]).double()
     metrics, inverse = torch.linalg.cholesky(blocks).float(), torch.linalg.inv(blocks).float()

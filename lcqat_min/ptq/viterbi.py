@@ -48,11 +48,13 @@ def viterbi_round(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Facto
     at_once = max(1, STATES.get(W.device.type, 1 << 18) >> book.bits * book.reach)
     parts = [_Search(book, part.shape[1], L, metrics).run(part) for part in x.split(at_once, 1)]
     index, error = (torch.cat(found, dim=1).T.contiguous() for found in zip(*parts, strict=True))
+    index = index.long()
     return index, book.decode(index).flatten(1) + error @ L.T
 
 
 def plain_decisions(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Factor | None) -> tuple[Tensor, Tensor]:
-    """As viterbi_round, without looking ahead: each vector takes the bits that serve it best, from the last to the first.
+    """As viterbi_round, without looking ahead: each vector takes the bits that serve it best, from the last to the
+    first.
 
     What a search is compared with, for as little as rounding to any codebook of m bits takes.
     """
@@ -114,16 +116,13 @@ class _Search:
         index, error = self.places.new_empty(vectors, x.shape[1]), torch.zeros_like(x)
         cost = x.new_full((self.states, x.shape[1]), torch.inf)
         cost[0] = 0  # after the last vector there are no bits, so one state
-        carried = x.new_empty(
-            0, len(self.places)
-        )  # errors of undecided vectors on the path to each place, lowest first
+        carried = x.new_empty(0, len(self.places))  # errors of undecided vectors on the path to each place
         blocks: list[_Block] = []
         for end in range(vectors, 0, -BLOCK):
             start = max(0, end - BLOCK)
             columns, decided = slice(start * d, end * d), end * d + len(carried)
             target = torch.addmm(x[columns], L[columns, decided:], error[decided:])
-            target = target[:, None].expand(-1, self.states, -1).flatten(1)
-            target.addmm_(L[columns, end * d : decided], carried)
+            target = target.repeat(1, self.states).addmm_(L[columns, end * d : decided], carried)
             cost, errors, block = self._advance(cost, x[columns], target, start)
             before, carried = carried, self.carried[end // BLOCK % 2, : len(errors) + len(carried)]
             carried[: len(errors)] = errors

@@ -1,11 +1,11 @@
 """A free table: the vector quantizer with the fewest constraints, and what it costs. k-means as in AQLM and GPTVQ.
 
-    w_hat = T[index]        T [4^d, d], fp16; one table for the whole model
+    w_hat = T[index]        T [2^m, d], fp16; one table for the whole model
 
 No codebook of its size fits the weights better. But an index has no digits, so training cannot move it: the codes stay
 as rounding left them, and the table, the scales and the rest of the model learn.
 
-Limits: one table per model, since a table per matrix costs 0.1 to 0.3 bits per weight on a small one; d up to 4.
+Limits: one table per model, since a table per matrix costs 0.1 to 0.3 bits per weight on a small one; m up to 8.
 """
 
 from collections.abc import Sequence
@@ -63,16 +63,24 @@ class TableLinear(QuantLinear):
 
 @dataclass(frozen=True, kw_only=True)
 class FreeVQ(Method):
-    """dim: d, weights per vector, 1 to 4. learn_codebook: train the table. table: the model's, made by `start`."""
+    """bits: per weight. dim: d, weights per vector. bits * dim is m, the bits of an index: whole, 1 to 8.
 
+    learn_codebook: train the table. table: the model's, made by `start`.
+    """
+
+    bits: float = 2.0
     dim: int = 4
     learn_codebook: bool = True
     table: nn.Parameter | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.dim <= 4:
-            raise UsageError(f"FreeVQ.dim is {self.dim}; a table takes 1 to 4 weights per vector")
+        m = self.bits * self.dim
+        if self.dim < 1 or not (m == int(m) and 1 <= m <= 8):
+            got = f"FreeVQ.dim is {self.dim} and bits {self.bits}"
+            raise UsageError(f"{got}; their product, the bits of an index, must be 1, 2, ... 8")
+        if self.table is not None and len(self.table) != 2**m:
+            raise UsageError(f"FreeVQ has one table for the model, of {len(self.table)} vectors: bits cannot differ")
 
     def start(self, layers: Sequence[nn.Module], generator: torch.Generator) -> Self:
         """With one k-means table for `layers`, fitted to a sample of their weights, rotated as `layer` will do it."""
@@ -84,7 +92,9 @@ class FreeVQ(Method):
             W = weight_of(layer)
             W = pad(rotated(in_units(W)[0], self.signs(W, twin)), self.dim)
             samples.append(sample_vectors(W, self.dim, share).cpu())
-        book = fit(torch.cat(samples), normal_table(self.dim, generator.initial_seed()), rounds=10)
+        book = fit(
+            torch.cat(samples), normal_table(self.dim, round(self.bits * self.dim), generator.initial_seed()), rounds=10
+        )
         return replace(self, table=nn.Parameter(book.table.to(W.device), requires_grad=self.learn_codebook))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TableLinear:
@@ -95,8 +105,8 @@ class FreeVQ(Method):
 
 
 @lru_cache(maxsize=4)
-def normal_table(dim: int, seed: int) -> TableCodebook:
+def normal_table(dim: int, bits: int, seed: int) -> TableCodebook:
     """The table fitted to N(0, 1) weights, where the fit to a model starts; made once (it takes seconds)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(30_000, dim, generator=generator, dtype=torch.float32)
-    return fit(x, table_start(x, 4**dim, generator), rounds=20)
+    return fit(x, table_start(x, 2**bits, generator), rounds=20)

@@ -19,8 +19,10 @@ from torch import nn
 from lcqat_min import codebook as cb
 from lcqat_min.codebook.digits import digits_of, index_of
 from lcqat_min.codebook.matrix import CodedMatrix
+from lcqat_min.codebook.trellis import TrellisCodebook
 from lcqat_min.layer.linear import MARGIN, AffineLinear, QuantLinear, in_units, root_mean_square, starting_latents
 from lcqat_min.layer.rotation import KEPT, random_signs
+from lcqat_min.layer.trellis import TrellisLinear, starting_bits
 from lcqat_min.systems.free_vq import TableLinear
 from lcqat_min.systems.lsq import StepLinear
 
@@ -30,9 +32,10 @@ KINDS = [
     ("scalar", 1),
     ("step", 1),
     *((kind, d) for kind in ("lattice", "planes") for d in (1, 2, 4, 8)),
+    *(("trellis", d) for d in (1, 2, 3)),
     *(("table", d) for d in (1, 2, 4)),
 ]
-SMOOTH = [("scalar", 1), ("lattice", 4), ("planes", 4), ("planes", 8), ("table", 2)]
+SMOOTH = [("scalar", 1), ("lattice", 4), ("planes", 4), ("planes", 8), ("trellis", 2), ("table", 2)]
 
 
 def some_codebook(kind: str, d: int, generator: torch.Generator) -> cb.Codebook:
@@ -41,6 +44,8 @@ def some_codebook(kind: str, d: int, generator: torch.Generator) -> cb.Codebook:
         return cb.scalar()
     if kind == "table":
         return cb.TableCodebook(torch.randn(4**d, d, generator=generator))
+    if kind == "trellis":
+        return TrellisCodebook(torch.randn(3, d, 2 * d, generator=generator))
     levels, k = (2, 2 * d) if kind == "planes" else (4, d)
     A = torch.randn(d, k, generator=generator) + torch.eye(d).repeat(1, k // d)
     return cb.AffineCodebook(A, 0.1 * torch.randn(d, generator=generator), levels)
@@ -78,6 +83,8 @@ def some_layer(
         layer = StepLinear(*common, target)
     elif kind == "table":
         layer = TableLinear(*common)
+    elif kind == "trellis":
+        layer = TrellisLinear(*common, target, estimator)
     else:
         layer = AffineLinear(*common, target, estimator)
     with torch.no_grad():
@@ -108,6 +115,9 @@ def decode_by_loops(layer: QuantLinear) -> torch.Tensor:
     rows = []
     for codes in layer.indices().tolist():
         vectors = []
+        if isinstance(layer, TrellisLinear):
+            vectors = [in_window(layer.taps.double(), codes[g:]) for g in range(len(codes))]
+            codes = []
         for code in codes:
             if isinstance(layer, TableLinear):
                 vectors.append(layer.table[code].double())
@@ -120,6 +130,13 @@ def decode_by_loops(layer: QuantLinear) -> torch.Tensor:
                 vectors.append(layer.A.double() @ torch.tensor(q, dtype=torch.float64) + layer.b.double())
         rows.append(torch.cat(vectors))
     return torch.stack(rows).detach()
+
+
+def in_window(taps: torch.Tensor, codes: list[int]) -> torch.Tensor:
+    """fp64 [d]: the vector of the first of these codes, which the next ones share in."""
+    m = taps.shape[2]
+    bits = [[2 * (code >> (m - 1 - i) & 1) - 1 for i in range(m)] for code in codes[: len(taps)]]
+    return sum(tap @ torch.tensor(c, dtype=torch.float64) for tap, c in zip(taps, bits, strict=False))
 
 
 def dense(layer: QuantLinear) -> torch.Tensor:
@@ -188,6 +205,28 @@ def test_a_planes_latent_is_the_margin_of_its_bit(generator):
                 inside += bool(bounded == margin)
                 torch.testing.assert_close(q * v[row, vector, k], bounded, rtol=1e-4, atol=1e-5)
     assert inside > 40  # of 96: the bound did not hide the formula
+
+
+def test_a_trellis_latent_is_the_margin_of_its_bit(generator):
+    """Of a bit that takes part in several vectors: by flipping it and decoding the whole row again."""
+    coded, target = some_codes(some_codebook("trellis", 2, generator), 4, 20, generator)
+    book, v, inside = coded.codebook, starting_bits(coded, target), 0
+    before = (book.decode(coded.index).flatten(1) - target).square().sum(1)
+    for vector in range(3, 10):  # the first bits take part in fewer vectors, so theirs is a lower bound
+        for bit in range(4):
+            flipped = coded.index.clone()
+            flipped[:, vector] ^= 1 << (3 - bit)
+            change = (book.decode(flipped).flatten(1) - target).square().sum(1) - before
+            margin = change / (4 * book.taps[:, :, bit].square().sum())
+            q = 2 * (coded.index[:, vector] >> (3 - bit) & 1) - 1
+            bounded = margin.clamp(MARGIN, 2 - MARGIN)
+            inside += (bounded == margin).sum().item()
+            torch.testing.assert_close(q * v[:, vector, bit], bounded, rtol=1e-4, atol=1e-5)
+    assert inside > 40
+    for start in (target, None):
+        layer = TrellisLinear(coded, 20, None, PLAIN, start)
+        assert torch.equal(layer.indices(), coded.index)
+    assert set(layer.latent.unique().tolist()) == {-1.0, 1.0}
 
 
 def test_a_scalar_latent_is_the_weight_in_bins(generator):

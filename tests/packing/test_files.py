@@ -46,6 +46,9 @@ KINDS = {
     "planes": method("planes", **QUICK),
     "planes, d=3": method("planes", dim=3, rotate="input", **QUICK),
     "planes, d=8": method("planes", dim=8, rotate="none", **QUICK),
+    "planes, 3 bits": method("planes", dim=2, bits=3.0, **QUICK),
+    "trellis": method("trellis", reach=3, **QUICK),
+    "trellis, 1.5 bits": method("trellis", bits=1.5, **QUICK),
     "step": method("step", **QUICK),
     "table": method("table", dim=2, **QUICK),
 }

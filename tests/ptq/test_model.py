@@ -23,12 +23,14 @@ from lcqat_min.codebook.lloyd import fit, mean_squared_error
 from lcqat_min.codebook.table import table_start
 from lcqat_min.layer import rotation
 from lcqat_min.layer.linear import AffineLinear, quant_layers
+from lcqat_min.layer.trellis import TrellisLinear
 from lcqat_min.packing.convert import pack_layers
 from lcqat_min.ptq import lcqat
 from lcqat_min.ptq import model as convert
 from lcqat_min.ptq.method import ROTATIONS, Method, sample_vectors
 from lcqat_min.ptq.model import quantize, weight_of
 from lcqat_min.ptq.select import linear_layers
+from lcqat_min.ptq.trellis import Trellis
 from lcqat_min.qat.loop import parameter_groups
 from lcqat_min.systems import free_vq
 from lcqat_min.systems.free_vq import FreeVQ, TableLinear
@@ -42,20 +44,20 @@ REAL_CODEBOOK, REAL_TABLE = lcqat.normal_codebook, free_vq.normal_table
 
 
 @lru_cache
-def rough_codebook(kind: str, dim: int, seed: int) -> cb.Codebook:
+def rough_codebook(kind: str, dim: int, seed: int, bits: float = 2.0) -> cb.Codebook:
     """Replaces `normal_codebook`, which takes seconds: the same kinds, hardly fitted."""
     if kind != "planes":
         return cb.scalar() if kind == "scalar" else cb.lattice(dim)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1500 if dim <= 4 else 200, dim, generator=generator, dtype=torch.float32)
-    return fit(x, cb.random_planes(dim, generator), rounds=8 if dim <= 4 else 2)
+    return fit(x, cb.random_planes(dim, generator, round(bits * dim)), rounds=8 if dim <= 4 else 2)
 
 
 @lru_cache
-def rough_table(dim: int, seed: int) -> cb.TableCodebook:
+def rough_table(dim: int, bits: int, seed: int) -> cb.TableCodebook:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1500, dim, generator=generator, dtype=torch.float32)
-    return fit(x, table_start(x, 4**dim, generator), rounds=8)
+    return fit(x, table_start(x, 2**bits, generator), rounds=8)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +132,7 @@ def check_quantized(
     """The right layers, near the old weights; every other module and number as it was."""
     wanted = names(original, skip)
     assert [report.name for report in reports] == wanted == [name for name, _ in quant_layers(model)]
-    layer_type = {LSQ: StepLinear, FreeVQ: TableLinear}.get(type(config), AffineLinear)
+    layer_type = {LSQ: StepLinear, FreeVQ: TableLinear, Trellis: TrellisLinear}.get(type(config), AffineLinear)
     for report in reports:
         layer, old = model.get_submodule(report.name), original.get_submodule(report.name)
         W = weight_of(old)
@@ -525,7 +527,14 @@ def test_a_model_without_linear_layers(odd_net, batches):
         ({"estimator": "lsq"}, "estimator is 'lsq'; choose one of ste, clipped, dge"),
         ({"dim": 0}, "dim is 0.*1 to 8"),
         ({"dim": 9}, "dim is 9.*1 to 8"),
-        ({"kind": "table", "dim": 5}, "dim is 5; a table takes 1 to 4"),
+        (
+            {"kind": "table", "dim": 5},
+            "dim is 5 and bits 2.0; their product, the bits of an index, must be",
+        ),
+        ({"bits": 1.3}, "bits is 1.3 with codebook 'planes' and dim 4: planes take bits with"),
+        ({"bits": 4.0, "dim": 8}, "bits is 4.0"),
+        ({"kind": "lattice", "bits": 3.0}, "bits is 3.0 .* the others 2"),
+        ({"sweeps": -1}, "sweeps -1"),
         ({"kind": "step", "scale": "min"}, "scale is 'min'; choose one of search, max"),
         ({"damping": -0.1}, "damping is -0.1"),
         ({"damping": 1.0}, "damping is 1.0"),
@@ -545,7 +554,7 @@ def test_the_start_of_every_fit_beats_the_scalar_grid():
     real = REAL_CODEBOOK.__wrapped__
     x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
     scalar = mean_squared_error(x.flatten()[:, None], real("scalar", 1, 0))
-    for book in (real("planes", 2, 0), REAL_TABLE.__wrapped__(2, 0)):
+    for book in (real("planes", 2, 0), REAL_TABLE.__wrapped__(2, 4, 0)):
         assert mean_squared_error(x, book) < 0.96 * scalar
 
 
@@ -618,7 +627,7 @@ def test_the_start_of_every_fit_is_the_same_for_every_default_dtype(monkeypatch)
         monkeypatch.setattr(module, "fit", lambda x, start, rounds: start)
     monkeypatch.setattr(lcqat, "STARTS", 1)
     real, table = REAL_CODEBOOK.__wrapped__, REAL_TABLE.__wrapped__
-    for start in (lambda: real("planes", 2, 0), lambda: real("planes", 4, 0), lambda: table(2, 0)):
+    for start in (lambda: real("planes", 2, 0), lambda: real("planes", 4, 0), lambda: table(2, 4, 0)):
         expected = start()
         try:
             torch.set_default_dtype(torch.bfloat16)

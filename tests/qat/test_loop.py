@@ -93,11 +93,12 @@ def test_what_is_trainable_moves_and_nothing_else(pair, kind, learn):
         "scalar": {"latent", "A", "b"},
         "lattice": {"latent", "A", "b"},
         "planes": {"latent", "A", "b"},
+        "trellis": {"latent", "taps"},
         "step": {"latent"},
         "table": {"table"},
     }[kind] | {"row_scale", "col_scale"}
     layer = "model.layers.0.self_attn.q_proj"
-    frozen = set() if learn else {"A", "b", "table"}
+    frozen = set() if learn else {"A", "b", "table", "taps"}
     assert {name.rpartition(".")[2] for name in trainable if name.startswith(layer)} == named - frozen
 
     ids = next(stream())
@@ -146,6 +147,7 @@ def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
             "A": 3e-3 * size,
             "b": 3e-3 * size,
             "table": 3e-3 * size,
+            "taps": 3e-3 * size,
         }.get(last, 4e-4)
         if name.endswith("embed_tokens.weight"):  # most tokens were not seen, but all are predicted
             assert (p - before[name]).abs().max().item() == pytest.approx(expected, rel=0.02)
@@ -154,11 +156,11 @@ def test_one_step_is_the_rate_in_units_of_each_group(pair, kind):
 
 def test_a_bin_is_one_on_a_grid_two_between_bits_and_the_step_where_it_is_learned(pair):
     units = {}
-    for kind in ("scalar", "lattice", "planes", "step"):
+    for kind in ("scalar", "lattice", "planes", "trellis", "step"):
         _, layer = quant_layers(pair(kind)[1])[0]
         units[kind] = layer.units()["latent"]
     step = pytest.approx(layer.row_scale.mean().item())
-    bins = {"scalar": 1, "lattice": 1, "planes": 2, "step": step}
+    bins = {"scalar": 1, "lattice": 1, "planes": 2, "trellis": 2, "step": step}
     assert units == {kind: ("latents", size) for kind, size in bins.items()}
 
 
@@ -170,7 +172,7 @@ def test_every_trainable_tensor_is_in_one_group(pair, kind):
     kinds = {
         "latent": "latents",
         **dict.fromkeys(("row_scale", "col_scale"), "scales"),
-        **dict.fromkeys(("A", "b", "table"), "codebooks"),
+        **dict.fromkeys(("A", "b", "table", "taps"), "codebooks"),
     }
     for group in groups:
         assert group["group"] == kinds.get(group["name"].rpartition(".")[2], "rest")

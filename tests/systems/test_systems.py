@@ -43,7 +43,7 @@ def test_the_table_names_classes_that_know_their_names():
     for name in systems.METHODS:
         assert issubclass(systems.method_of(name), Method) and systems.layer_of(name).method == name
         assert systems.method_of(name)() == systems.method_of(name)()
-    with pytest.raises(ValueError, match="unknown method 'gptq'; this version knows lcqat, lsq, free-vq"):
+    with pytest.raises(ValueError, match="unknown method 'gptq'; this version knows lcqat, trellis, lsq, free-vq"):
         systems.method_of("gptq")
 
 
