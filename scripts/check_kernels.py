@@ -61,6 +61,9 @@ def cases(target: str, quick: bool) -> list[Case]:
     ]
     words = {"codes": "*u8", "table": "*i64", "words": "*i64"}
     dequantize = Case("dequantize", kernels.dequantize_kernel, words, {"BYTES": DECODE_BYTES})
+    wide = {"codes": "*u8", "tables": "*fp32", "end": "*fp32", "out": "*fp16"}
+    sizes = {"WINDOW": 2, "W": 4, "BYTES": DECODE_BYTES // 4}
+    windows = Case("dequantize windows", kernels.windows_kernel, wide, sizes)
     fold = [
         Case(
             f"fold d={d}, {limbs} limbs",
@@ -71,7 +74,7 @@ def cases(target: str, quick: bool) -> list[Case]:
         for d in ((4,) if quick else (1, 4, 8))
         for limbs in ((2,) if quick else (2, 3))
     ]
-    return [*fused, dequantize, *fold]
+    return [*fused, dequantize, windows, *fold]
 
 
 def compile_case(case: Case, target: str):

@@ -99,7 +99,9 @@ class TrellisCodebook(LinearCodebook):
 
     def row_end(self, vectors: int) -> Tensor:
         """What the last L vectors of a row have more than if the bits behind it were -1: fp32 [min(L, vectors), d]."""
-        return self.decode(torch.zeros(min(self.reach, vectors), dtype=torch.long)) + self.taps.sum((0, 2))
+        return self.decode(torch.zeros(min(self.reach, vectors), dtype=torch.long, device=self.device)) + self.taps.sum(
+            (0, 2)
+        )
 
     def transposed(self, x: Tensor) -> Tensor:
         """A^T x for the banded A: sum_l A_l^T x_{g-l}, fp32 [..., n / d, d] -> [..., n / d, m]."""

@@ -38,26 +38,23 @@ def by_decoding(h: Tensor, codes: Tensor, book: Codebook) -> Tensor:
     parts = codes.split(max(1, WORKSPACE // (4 * columns)))
     weights = (_look_up(part, tables, book, room) if tables else decode(part, book, columns) for part in parts)
     y = torch.cat([D[:, :columns] @ h.T for D in weights]).T
-    if tables and (end := _row_end(book, columns)) is not None:
-        y = y + h[:, columns - len(end) :] @ end[:, None]
-    return y
+    end = row_end(book, columns)
+    return y + h[:, columns - len(end) :] @ end[:, None] if len(end) and tables else y
 
 
 def decode(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """D: packed codes uint8 [rows, bytes] -> weights [rows, columns] of `dtype`, without scales."""
     if not (tables := byte_tables(book)):
         return book.decode(unpack_bits(codes, book.bits, -(-columns // book.dim))).flatten(1)[:, :columns].to(dtype)
-    exact = dtype if len(tables) == 1 else torch.float32  # rounded once
+    exact, end = dtype if len(tables) == 1 else torch.float32, row_end(book, columns)  # rounded once
     D = _look_up(codes, [table.to(exact) for table in tables], book, {})[:, :columns]
-    if (end := _row_end(book, columns)) is not None:
-        D = D + F.pad(end, (columns - len(end), 0))
-    return D.to(dtype)
+    return (D + F.pad(end, (columns - len(end), 0)) if len(end) else D).to(dtype)
 
 
-def _row_end(book: Codebook, columns: int) -> Tensor | None:
-    """What the last of the `columns` weights of a row have more than their bytes say; None for most codebooks."""
-    if not isinstance(book, TrellisCodebook) or not book.reach:
-        return None
+def row_end(book: Codebook, columns: int) -> Tensor:
+    """What the last of the `columns` weights of a row have more than their bytes say, fp32; empty for most codebooks."""
+    if not isinstance(book, TrellisCodebook):
+        return torch.empty(0, dtype=torch.float32, device=book.device)
     vectors = -(-columns // book.dim)
     return book.row_end(vectors).flatten()[: columns - max(0, vectors - book.reach) * book.dim]
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..codebook.affine import frame_planes
 from ..codebook.matrix import Codebook
-from .decode import by_decoding, byte_tables, decode
+from .decode import by_decoding, byte_tables, decode, row_end
 from .fold import by_planes
 
 # Rows of h for which each bit of the codes is multiplied. For more, decoding costs less. On GPUs a prediction: nothing
@@ -67,7 +67,10 @@ def product(h: Tensor, codes: Tensor, book: Codebook, dtype: torch.dtype, compil
 def dequantize(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype) -> Tensor:
     """D: packed codes uint8 [rows, bytes] -> `dtype` [rows, columns]; on GPUs by a kernel, if it is of 16 bits."""
     if on_gpu(codes) and dtype.itemsize == 2 and 8 % book.bits == 0 and (kernels := working_kernels(codes.device)):
-        return kernels.launch_dequantize(codes, byte_tables(book)[0].to(dtype), columns)
+        tables, end = byte_tables(book), row_end(book, columns)
+        if len(tables) == 1 and tables[0].shape[1] == 4:
+            return kernels.launch_dequantize(codes, tables[0].to(dtype), columns)
+        return kernels.launch_windows(codes, torch.stack(tables), end, columns, dtype)
     return decode(codes, book, columns, dtype)
 
 

@@ -17,7 +17,8 @@ what counts, and three consequences of w_hat = A q + b with q = -1 or +1 save th
      no sum depends on the order of threads: the same input gives the same bits.
 
 A table has no A to fold: it is decoded. So is a weight for many rows of x, where the dense product on tensor cores
-costs more than decoding. `dequantize_kernel` decodes to 16 bits, plain torch (kernels/decode.py) to 32.
+costs more than decoding. `dequantize_kernel` decodes to 16 bits, `windows_kernel` where vectors reach into later bytes;
+plain torch (kernels/decode.py) decodes to 32 bits.
 
 `scripts/check_kernels.py` counts instructions without a GPU (results/kernels_aot.json); `scripts/bench_kernels.py`
 measures on one. This module needs triton but no driver; kernels/product.py imports it where a tensor is on a GPU.
@@ -67,6 +68,20 @@ def launch_dequantize(codes: Tensor, table: Tensor, columns: int) -> Tensor:
         programs = (triton.cdiv(codes.numel(), DECODE_BYTES),)
         dequantize_kernel[programs](codes.contiguous(), table.view(torch.int64), words, codes.numel(), DECODE_BYTES)
     return words.view(table.dtype)[:, :columns]
+
+
+def launch_windows(codes: Tensor, tables: Tensor, end: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Sums of tables for codes whose vectors reach into later bytes: uint8 [rows, bytes] -> `dtype` [rows, columns].
+
+    tables: fp32 [bytes in a window, 256, weights of a byte]; end: fp32, added to the last weights of each row.
+    """
+    out = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+    sizes = {"WINDOW": len(tables), "W": tables.shape[2], "BYTES": DECODE_BYTES // tables.shape[2]}
+    with torch.cuda.device_of(codes):
+        programs = (len(codes), triton.cdiv(codes.shape[1], sizes["BYTES"]))
+        given = (codes.contiguous(), tables.contiguous(), end.contiguous(), out)
+        windows_kernel[programs](*given, codes.shape[1], columns, len(end), **sizes)
+    return out
 
 
 @triton.jit
@@ -143,3 +158,24 @@ def dequantize_kernel(codes, table, words, count, BYTES: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     code = tl.load(codes + place, mask=place < count, other=0).to(tl.int32)
     tl.store(words + place, tl.load(table + code), mask=place < count)
+
+
+@triton.jit
+def windows_kernel(
+    codes, tables, end, out, row_bytes, columns, ends,
+    WINDOW: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """BYTES bytes of one row become W weights each: the sum over a window of WINDOW bytes, rounded once.
+
+    Bytes behind the row count as zeros, as the unused bits of its last byte do; `end` makes up for both.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    byte, place = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[:, None], tl.arange(0, W)[None, :]
+    value = tl.zeros((BYTES, W), tl.float32)
+    for i in tl.static_range(WINDOW):
+        code = tl.load(codes + row * row_bytes + byte + i, mask=byte + i < row_bytes, other=0).to(tl.int32)
+        value += tl.load(tables + (i * 256 + code) * W + place)
+    column = byte * W + place
+    from_end = column - (columns - ends)
+    value += tl.load(end + from_end, mask=(from_end >= 0) & (from_end < ends), other=0.0)
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=column < columns)

@@ -8,6 +8,7 @@ no whole dense weight on the CPU; the compiled kernels' machine code.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -23,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, scalar
 from lcqat_min.codebook.bitstring import pack_bits
+from lcqat_min.codebook.trellis import TrellisCodebook
 from lcqat_min.kernels import decode as decoding
 from lcqat_min.kernels import fold as folding
 from lcqat_min.kernels import product as products
-from lcqat_min.kernels.decode import byte_tables, decode
+from lcqat_min.kernels.decode import byte_tables, decode, row_end
 from lcqat_min.kernels.product import dequantize, product
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,19 +42,26 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 in_interpreter = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="watches Triton's interpreter")
 SIZES = (1, 7, 16, 33, 130, 511)
 AFFINE = ["scalar", *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (1, 2, 3, 4, 8))]
-WHOLE_BYTES = [name for name in AFFINE if name[-1] in "r124"] + ["table 1", "table 2", "table 4"]
+AFFINE += [f"planes {d} of {m}" for d, m in ((4, 4), (4, 6), (2, 5), (4, 12), (1, 3))]  # other rates: m bits for d
+TRELLIS = [
+    f"trellis {d} of {m}, reach {L}" for d, m, L in ((1, 2, 3), (1, 2, 0), (2, 3, 2), (1, 1, 6), (1, 4, 1), (2, 5, 1))
+]
+FOLDED = [*AFFINE, *TRELLIS]
+WHOLE_BYTES = [name for name in AFFINE if name[-1] in "r124" and "of" not in name] + ["table 1", "table 2", "table 4"]
 
 
 def book_of(name: str) -> Codebook:
     """A codebook of random numbers, always the same for a name."""
     generator = torch.Generator().manual_seed(len(name))
-    kind, d = (name.split() + ["1"])[:2]
-    d = int(d)
+    kind, *numbers = re.findall(r"\w+", name.replace("of", "").replace("reach", ""))
+    d, m, reach = (*map(int, numbers), *(1, 0, 0)[len(numbers) :])
     if kind == "scalar":
         return scalar(0.7)
     if kind == "table":
         return TableCodebook(torch.randn(4**d, d, generator=generator))
-    A = torch.randn(d, d if kind == "lattice" else 2 * d, generator=generator)
+    if kind == "trellis":
+        return TrellisCodebook(torch.randn(reach + 1, d, m, generator=generator))
+    A = torch.randn(d, m or (d if kind == "lattice" else 2 * d), generator=generator)
     return AffineCodebook(A, torch.randn(d, generator=generator), 4 if kind == "lattice" else 2)
 
 
@@ -69,12 +78,18 @@ def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 def size(x: torch.Tensor, book: Codebook) -> torch.Tensor:
     """What the error of a row of x is measured against, as sums may cancel: largest y possible, fp64 [tokens, 1]."""
-    largest = book.table.abs().amax(0) if isinstance(book, TableCodebook) else 1.5 * book.A.abs().sum(1) + book.b.abs()
+    if isinstance(book, TrellisCodebook):
+        largest = book.taps.abs().sum((0, 2))
+    else:
+        largest = (
+            book.table.abs().amax(0) if isinstance(book, TableCodebook) else 1.5 * book.A.abs().sum(1) + book.b.abs()
+        )
     return (x.double().abs() @ largest.double().repeat(x.shape[1])[: x.shape[1]])[:, None]
 
 
 def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> torch.Tensor:
-    return kernels.launch_fused(x.to(DEVICE), codes.to(DEVICE), book.as_planes().to(DEVICE), limbs).cpu()
+    h, planes = book.linear_form(x)
+    return kernels.launch_fused(h.to(DEVICE), codes.to(DEVICE), planes.to(DEVICE), limbs).cpu()
 
 
 # --- the fused product ---
@@ -83,7 +98,7 @@ def fused(x: torch.Tensor, codes: torch.Tensor, book: Codebook, limbs: int) -> t
 @needs_triton
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])  # the interpreter is too slow to shrink in
 @given(
-    name=st.sampled_from(AFFINE),
+    name=st.sampled_from(FOLDED),
     rows=st.sampled_from(SIZES),
     columns=st.sampled_from(SIZES),
     tokens=st.integers(1, 17),
@@ -117,7 +132,8 @@ def cpu_reference(codes: torch.Tensor, book: Codebook, columns: int) -> torch.Te
     for row in codes.tolist():
         number, length = int.from_bytes(bytes(row), "big"), 8 * len(row)
         index = [number >> (length - book.bits * (v + 1)) & ((1 << book.bits) - 1) for v in range(columns // book.dim)]
-        rows.append(book.codewords()[index].flatten() if book.bits <= 8 else book.decode(torch.tensor(index)).flatten())
+        listed = book.bits <= 8 and not isinstance(book, TrellisCodebook)
+        rows.append(book.codewords()[index].flatten() if listed else book.decode(torch.tensor(index)).flatten())
     return torch.stack(rows)
 
 
@@ -208,6 +224,22 @@ def test_dequantize_in_torch_serves_all_dtypes(name, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["planes 4 of 4", *(name for name in TRELLIS if "of 3" not in name and "of 5" not in name)]
+)
+@pytest.mark.parametrize("rows, columns", [(3, 1021), (7, 33), (2, 2), (2, 9001)])
+def test_windows_that_cross_bytes_are_decoded_by_a_kernel(name, rows, columns, dtype):
+    book = book_of(name)
+    codes, D = packed(book, rows, columns)
+    tables, end = (x.to(DEVICE) for x in (torch.stack(byte_tables(book)), row_end(book, columns)))
+    weight = kernels.launch_windows(codes.to(DEVICE), tables, end, columns, dtype).cpu()
+    assert weight.dtype == dtype
+    largest = size(torch.eye(columns)[:1], book).float().max() * 4
+    assert (weight.float() - D).abs().max() <= torch.finfo(dtype).eps * largest
+
+
+@needs_triton
 def test_the_dequantize_kernel_takes_views():
     codes, D = packed(book_of("planes 4"), 40, 256)
     assert torch.equal(looked_up(codes[:, :32], book_of("planes 4"), 128, torch.float16), D[:, :128].half())
@@ -281,7 +313,7 @@ def test_dequantize_kernel_counts_bytes_in_64_bits(monkeypatch):
 
 
 EVERY = [
-    *AFFINE,
+    *FOLDED,
     *(f"{kind} {d}" for kind in ("lattice", "planes") for d in (5, 6, 7)),
     *(f"table {d}" for d in (1, 2, 3, 4)),
 ]
@@ -308,14 +340,16 @@ def test_torch_product_equals_the_dense_one(name, monkeypatch):
         torch.testing.assert_close(decode(codes, book, columns), D, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.parametrize("name", FOLDED)
 def test_both_ways_know_every_bit_of_every_byte(name):
     book = book_of(name)
-    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, row_bytes := 3 * book.bits // 2).contiguous()
+    row_bytes = 3 * book.bits if "trellis" in name else 3 * book.bits // 2  # whole vectors
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, row_bytes).contiguous()
     columns = 8 * row_bytes // book.bits * book.dim
     expected = cpu_reference(codes, book, columns)
     assert relative(decode(codes, book, columns), expected) < 1e-6
-    assert relative(folding.by_planes(torch.eye(columns), codes, book.as_planes()).T, expected) < 1e-6
+    x, planes = book.linear_form(torch.eye(columns))
+    assert relative(folding.by_planes(x, codes, planes).T, expected) < 1e-6
 
 
 def test_byte_tables_hold_what_every_byte_adds():
@@ -327,7 +361,7 @@ def test_byte_tables_hold_what_every_byte_adds():
     assert [len(byte_tables(book_of(name))) for name in ("planes 3", "lattice 5", "table 3")] == [3, 5, 0]
 
 
-@pytest.mark.parametrize("name", ["lattice 4", "planes 8", "table 4"])
+@pytest.mark.parametrize("name", ["lattice 4", "planes 8", "trellis 1 of 2, reach 3", "table 4"])
 def test_who_multiplies(name, monkeypatch):
     asked, codes = [], packed(book_of(name), 8, 64)[0]
     monkeypatch.setattr(products, "by_decoding", lambda *_: asked.append("decoded"))
@@ -599,7 +633,7 @@ def test_kernels_compile_for_a_gpu_within_their_bars():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("sm_90") == 3 and "0 failed" in result.stdout
+    assert result.stdout.count("sm_90") == 4 and "0 failed" in result.stdout
 
 
 def test_checker_of_machine_code_counts_loops_and_complains():

@@ -527,10 +527,7 @@ def test_a_model_without_linear_layers(odd_net, batches):
         ({"estimator": "lsq"}, "estimator is 'lsq'; choose one of ste, clipped, dge"),
         ({"dim": 0}, "dim is 0.*1 to 8"),
         ({"dim": 9}, "dim is 9.*1 to 8"),
-        (
-            {"kind": "table", "dim": 5},
-            "dim is 5 and bits 2.0; their product, the bits of an index, must be",
-        ),
+        ({"kind": "table", "dim": 5}, "dim is 5 and bits 2.0; their product, the bits of an index, must be"),
         ({"bits": 1.3}, "bits is 1.3 with codebook 'planes' and dim 4: planes take bits with"),
         ({"bits": 4.0, "dim": 8}, "bits is 4.0"),
         ({"kind": "lattice", "bits": 3.0}, "bits is 3.0 .* the others 2"),
