@@ -52,7 +52,7 @@ def decode(codes: Tensor, book: Codebook, columns: int, dtype: torch.dtype = tor
 
 
 def row_end(book: Codebook, columns: int) -> Tensor:
-    """What the last of the `columns` weights of a row have more than their bytes say, fp32; empty for most codebooks."""
+    """What the last of `columns` weights of a row have more than their bytes say, fp32; empty for most codebooks."""
     if not isinstance(book, TrellisCodebook):
         return torch.empty(0, dtype=torch.float32, device=book.device)
     vectors = -(-columns // book.dim)
