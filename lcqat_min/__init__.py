@@ -6,6 +6,7 @@ Letters mean the same everywhere, here and in micro.py:
 
     W, W_hat     weight_of, QuantLinear.weight  [out, n]          a weight matrix, and what the layer multiplies by
     d, k         AffineCodebook.dim             integers          weights in a vector, digits in a vector
+    A_l          TrellisCodebook.taps           [reach + 1, d, m] taps: each vector depends on the bits of later ones
     m            Codebook.bits                  integer           bits of a codebook index
     q            digits_of(index)               [..., k]          centred digits: -1, +1 or -1.5 ... +1.5
     A, b         AffineCodebook.A, .b           [d, k], [d]       the codebook: A q + b
@@ -16,7 +17,7 @@ Letters mean the same everywhere, here and in micro.py:
     U            hadamard                       [B, B]            Hadamard matrix, for each block of B columns
     s_in, s_out  signs_in, signs_out            [n], [out]        random signs of the rotation
     H            Moments.H                      [n, n]            second moments of a layer's inputs
-    C, L         Factor.C, _feedback_of         [n, n]            Cholesky factor of H, and the feedback made of it
+    C, L         Factor.C, feedback_of          [n, n]            Cholesky factor of H, and the feedback made of it
 
 README.md says what is in which folder. Rounding, training and measuring need only torch and the standard library;
 checkpoints need safetensors, and progress bars tqdm. With numpy, rounding is faster. micro.py is all of it in one file.
@@ -40,8 +41,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from .harness.evaluate import kl_to, perplexity  # noqa: E402
 from .ptq.lcqat import LCQAT  # noqa: E402
 from .ptq.model import quantize  # noqa: E402
+from .ptq.trellis import Trellis  # noqa: E402
 from .qat.config import TrainConfig  # noqa: E402
 from .qat.loop import train  # noqa: E402
 
-__all__ = ["LCQAT", "TrainConfig", "kl_to", "perplexity", "quantize", "train"]
+__all__ = ["LCQAT", "TrainConfig", "Trellis", "kl_to", "perplexity", "quantize", "train"]
 __version__ = "0.2.0"

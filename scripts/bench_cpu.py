@@ -10,6 +10,7 @@ median of interleaved repeats of two things of the same run, so that a slow or a
     step        one optimizer step of a Llama of the bundled size, 2048 tokens, over the same step of the plain model
     teacher     the same with the distillation target computed in the step
     feedback    error-feedback rounding of a 1024 x 1024 matrix over one product W H of that size
+    search      the same for a trellis of 2 bits, whose search looks ahead
     affine      decoding latents through A q + b and back, over a nearest-codeword lookup with the same gradient path
     saved       bytes that autograd keeps for one layer beyond those of nn.Linear, over the bytes of its weight
 """
@@ -36,6 +37,8 @@ from lcqat_min.ptq.lcqat import normal_codebook
 from lcqat_min.ptq.ldlq import ldlq_round, plain_round, row_scales
 from lcqat_min.ptq.model import quantize
 from lcqat_min.ptq.moments import factorize
+from lcqat_min.ptq.trellis import Trellis
+from lcqat_min.ptq.viterbi import viterbi_round
 from lcqat_min.qat.config import TrainConfig
 from lcqat_min.qat.loop import parameter_groups
 from lcqat_min.qat.loss import distillation_loss
@@ -46,13 +49,17 @@ BARS = {
     "step lcqat-release": 1.40,
     "step lcqat-paper": 1.40,
     "step lcqat-planes": 1.60,
+    "step lcqat-trellis": 1.70,
     "teacher sq": 1.9,
     "teacher lcqat-release": 1.9,
     "teacher lcqat-paper": 1.9,
     "teacher lcqat-planes": 2.1,
+    "teacher lcqat-trellis": 2.2,
     "feedback scalar": 4.0,
     "feedback lattice": 4.0,
     "feedback planes": 4.0,
+    "search reach 2": 30.0,
+    "search reach 3": 80.0,
     "affine lattice": 0.4,
     "affine planes": 0.4,
 }
@@ -121,6 +128,20 @@ def steps(repeats: int) -> dict[str, float]:
             quantize(model, [x], recipe.quant)
             found[f"step {recipe.name}"] = ratio(step_of(model, x, None, target), base, repeats)
             found[f"teacher {recipe.name}"] = ratio(step_of(model, x, teacher, None), base, repeats)
+    return found
+
+
+def search(repeats: int) -> dict[str, float]:
+    """Ratios `search` at 1024 x 1024."""
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(1024, 1024, generator=generator), torch.randn(4096, 1024, generator=generator)
+    factor, scale = factorize(X.T @ X / len(X)), torch.ones(1024)
+    found = {}
+    for reach in (2, 3):
+        book = Trellis(reach=reach).start_taps()
+        found[f"search reach {reach}"] = ratio(
+            lambda book=book: viterbi_round(W, scale, book, factor), lambda: W @ factor.H, min(repeats, 3)
+        )
     return found
 
 
@@ -207,7 +228,8 @@ def main() -> int:
     options.add_argument("--repeats", type=int, default=7)
     args = options.parse_args()
     torch.set_num_threads(1)
-    figures = {**feedback(args.repeats), **affine(args.repeats), **saved(), **steps(args.repeats)}
+    rounding = feedback(args.repeats) | search(args.repeats)
+    figures = rounding | affine(args.repeats) | saved() | steps(args.repeats)
     rows = [{"what": what, "ratio": value, "bar": BARS.get(what)} for what, value in figures.items()]
     for row in rows:
         print(f"{row['what']:<24}{row['ratio']:6.2f}" + (f"   at most {row['bar']:.2f}" if row["bar"] else ""))

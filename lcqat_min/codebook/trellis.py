@@ -1,26 +1,28 @@
 """The linear trellis: neighbouring vectors share bits, so a whole row of weights is one vector of an affine codebook.
 
-    w_g = sum_{l = 0..L}  A_l c_{g+l}        c_g in {-1, +1}^m: m new bits for d weights;  A_l [d, m]: taps
+    w_g = sum_{l = 0..reach}  A_l c_{g+l}    c_g in {-1, +1}^m: m new bits for d weights;  A_l [d, m]: taps
 
-Each vector of d weights is a linear function of its own bits *and of those of the next L vectors*. A row of n weights
-is w = A c with A [n, n m / d] banded: the formula of the other codebooks with d = n, stored as (L + 1) d m numbers.
-After the last vector there are no bits, and their terms are zero. With L = 0 the vectors do not touch: untied planes.
+Each vector of d weights is a linear function of its own bits *and of those of the next `reach` vectors*. A row of n
+weights is w = A c with A [n, n m / d] banded: the formula of the other codebooks with d = n, stored as (reach + 1) d m
+numbers. After the last vector there are no bits, and their terms are zero. Without reach the vectors do not touch: that
+is untied planes.
 
-    L       states 2^(mL)   numbers    MSE on N(0,1), m = 2, d = 1, inner columns
-    0               1          2       0.1175     Lloyd and Max's scalar quantizer
-    1               4          4       0.095
-    2              16          6       0.086      untied planes of d = 8 need 136 numbers for 0.092
-    3              64          8       0.082
-    4             256         10       0.078      no code of 2 bits gets below 0.0625
+    reach   states 2^(m reach)   numbers   MSE on N(0,1), m = 2, d = 1, inner columns
+    0               1               2      0.1175     Lloyd and Max's scalar quantizer
+    1               4               4      0.0945
+    2              16               6      0.0855     untied planes of d = 8 have 136 numbers and 0.092
+    3              64               8      0.0805
+    4             256              10      0.0777     no code of 2 bits gets below 0.0625
 
 Encoding is a search along the row (ptq/viterbi.py): how well a vector can be met depends on the bits of its neighbours.
 Decoding and products are as simple as those of planes: the taps fold into the inputs (`linear_form`).
 
-QTIP (arXiv 2406.11235) rounds with a trellis whose values are a hash of the window or a table; here they are linear in
-the bits. We have not found that elsewhere.
+QTIP (arXiv 2406.11235) rounds with a trellis whose values are a hash of the window or come from a table; here they are
+linear in the bits. We have not found that elsewhere.
 
-Limits: one bit per weight gains nothing (0.363 at every L): w = A c with a square A is a sheared cube, as tied planes
-are. No table, and no search of one vector by itself. There is no offset b: normal weights do not need one.
+Limits: one bit per weight gains nothing (0.36 at every reach): w = A c with a square A is a sheared cube, as tied
+planes are. There is no table, and no search of one vector by itself. There is no offset b: normal weights do not need
+one.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +39,7 @@ from .matrix import LinearCodebook
 
 @dataclass(frozen=True)
 class TrellisCodebook(LinearCodebook):
-    """w_g = sum_l A_l c_{g+l}.  taps: A_l for l = 0 ... L, fp32 [L + 1, d, m]."""
+    """w_g = sum_l A_l c_{g+l}.  taps: A_l for l = 0 ... reach, fp32 [reach + 1, d, m]."""
 
     taps: Tensor
 
@@ -53,7 +55,7 @@ class TrellisCodebook(LinearCodebook):
 
     @property
     def reach(self) -> int:
-        """L: how many later vectors a vector depends on."""
+        """How many later vectors a vector depends on."""
         return self.taps.shape[0] - 1
 
     @property
@@ -74,18 +76,18 @@ class TrellisCodebook(LinearCodebook):
         return filtered(self.digits(index), self.taps)
 
     def features(self, index: Tensor) -> Tensor:
-        """What the weights are linear in, index [..., n / d] -> fp32 [..., n / d, (L + 1) m]: c_g, c_{g+1}, ..."""
+        """What the weights are linear in, index [..., n / d] -> fp32 [..., n / d, (reach + 1) m]: c_g, c_{g+1}, ..."""
         c, groups = self.digits(index), index.shape[-1]
         return torch.cat(
             [F.pad(c[..., ahead:, :], (0, 0, 0, min(ahead, groups))) for ahead in range(self.reach + 1)], dim=-1
         )
 
     def with_map(self, wide: Tensor) -> Self:
-        """The codebook with the taps [A_0 | A_1 | ...], any dtype, [d, (L + 1) m]."""
+        """The codebook with the taps [A_0 | A_1 | ...], any dtype, [d, (reach + 1) m]."""
         return replace(self, taps=wide.float().unflatten(1, (-1, self.bits)).transpose(0, 1).contiguous())
 
     def window_values(self, known: int | None = None) -> Tensor:
-        """What the bits of the next L vectors add, by state: fp32 [2^(m L), d].
+        """What the bits of the next vectors add, by state: fp32 [2^(m reach), d].
 
         The state is their index, nearest vector first, in the highest bits. known: how many of them exist.
         """
@@ -98,7 +100,7 @@ class TrellisCodebook(LinearCodebook):
         return banded(self.taps, vectors)
 
     def row_end(self, vectors: int) -> Tensor:
-        """What the last L vectors of a row have more than if the bits behind it were -1: fp32 [min(L, vectors), d]."""
+        """What the last vectors of a row have more than if the bits behind it were -1: fp32 [<= reach, d]."""
         return self.decode(torch.zeros(min(self.reach, vectors), dtype=torch.long, device=self.device)) + self.taps.sum(
             (0, 2)
         )
@@ -125,7 +127,7 @@ ONE_BIT = AffineCodebook(torch.ones(1, 1, dtype=torch.float32), torch.zeros(1, d
 
 
 def filtered(c: Tensor, taps: Tensor) -> Tensor:
-    """sum_l taps_l c_{g+l}: c fp32 [..., G, m], taps [L + 1, d, m] -> [..., G, d], with gradient to both.
+    """sum_l taps_l c_{g+l}: c fp32 [..., G, m], taps [reach + 1, d, m] -> [..., G, d], with gradient to both.
 
     The vectors are taken SPAN at a time, as a product with a part of the banded matrix: taps by themselves are too
     small for a fast product.
@@ -142,7 +144,7 @@ def filtered(c: Tensor, taps: Tensor) -> Tensor:
 
 
 def banded(taps: Tensor, count: int) -> Tensor:
-    """The map from the digits of count + L vectors to the weights of the first `count`, [(count + L) m, count d]."""
+    """The map from the digits of count + reach vectors to the weights of the first `count`, [(count + reach) m, count d]."""
     eye = torch.eye(count + len(taps) - 1, dtype=taps.dtype, device=taps.device)
     shifts = torch.stack([eye[:, ahead : ahead + count] for ahead in range(len(taps))])
     return torch.einsum("lcg,ldm->cmgd", shifts, taps).flatten(2).flatten(0, 1)

@@ -4,7 +4,7 @@
 line is the mean squared error on fresh normal weights.
 """
 
-# (bits per vector m, weights per vector d, reach L): taps [L + 1, d, m]
+# (bits per vector m, weights per vector d, reach): taps [reach + 1, d, m]
 TAPS: dict[tuple[int, int, int], list] = {
     (1, 1, 3): [[[0.355]], [[-0.6211]], [[-0.3313]], [[-0.16]]],  # 0.3587
     (1, 1, 6): [[[-0.0385]], [[0.1375]], [[0.1723]], [[-0.4882]], [[0.4028]], [[0.3591]], [[0.2819]]],  # 0.3585

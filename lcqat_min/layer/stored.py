@@ -5,7 +5,7 @@
     row_scale    fp16 [out]           r / unit
     unit         bf16 [1]             a power of two, such that the largest of row_scale is from 2^14 to 2^15
     col_scale    fp16 [in]            c
-    A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]; or taps, fp16 [L + 1, d, m]
+    A, b         fp16 [d, m], [d]     the codebook as planes; or table, fp16 [2^m, d]; or taps, fp16 [reach + 1, d, m]
     signs_in     uint8 [in / 8]       s_in and s_out: one bit each, 1 for +1, packed as indices are; only on sides that
     signs_out    uint8 [out / 8]      are rotated
 

@@ -1,9 +1,9 @@
-"""The layer of the linear trellis: latents round to bits, and the bits of L + 1 neighbouring vectors give d weights.
+"""The layer of the linear trellis: latents round to bits, and the bits of neighbouring vectors give d weights.
 
-    D_g = sum_{l = 0..L}  A_l c_{g+l}        c = sign(latent)                  (codebook/trellis.py)
+    D_g = sum_{l = 0..reach}  A_l c_{g+l}    c = sign(latent)                  (codebook/trellis.py)
 
-Latents [out, n m / d] are as for planes, and learn as they do. Each bit takes part in L + 1 vectors, so its gradient is
-a sum over them, and so is the margin that it starts with: with the residual e = target - w_hat, flipping bit j of
+Latents [out, n m / d] are as for planes, and learn as they do. Each bit takes part in several vectors, so its gradient
+is a sum over them, and so is the margin that it starts with: with the residual e = target - w_hat, flipping bit j of
 vector g changes the squared error by 4 |a_j|^2 c (c + (sum_l a_lj^T e_{g-l}) / |a_j|^2), |a_j|^2 = sum_l |a_lj|^2.
 """
 

@@ -36,7 +36,7 @@ NEARBY = (0.95, 1.05)
 @dataclass(frozen=True, kw_only=True)
 class Trellis(Method):
     """bits           per weight: 1, 1.5, 2, 2.5, 3 or 4
-    reach          L, how many later vectors a vector depends on; -1: as many as make at most 64 states
+    reach          how many later vectors a vector depends on; -1: as many as make at most 64 states
     estimator      gradient through the rounding: ste | clipped | dge
     learn_codebook train the taps
     start_on_codes latents start on the codes, not at the unrounded targets

@@ -1,6 +1,6 @@
 """Rounding to a trellis: the Viterbi algorithm, in which every state carries the errors of its own path.
 
-A vector w_g = sum_l A_l c_{g+l} depends on its own bits c_g and on the state, the bits of the L vectors after it
+A vector w_g = sum_l A_l c_{g+l} depends on its own bits c_g and on the state, the bits of the vectors after it
 (codebook/trellis.py). So the search goes from the last vector to the first. For each state it keeps the best path that
 ends there:
 
@@ -10,15 +10,15 @@ ends there:
 The errors e_j belong to a path, so each state has a target of its own ("per-survivor processing" in the literature of
 equalizers). Two states that differ only in the bits that leave the window lead to the same one; the better stays.
 
-The paths to all states agree on what lies a few windows back. So after each BLOCK of vectors all but the newest DELAY
-are decided: as on the best path, and other paths are dropped. Errors of decided vectors are one number per row, and
-almost all of the feedback is a product of matrices as in ptq/ldlq.py. What remains per state is at most BLOCK + DELAY
-vectors. Rows are taken in chunks of about STATES states, so memory does not depend on the height of W.
+The paths to all states agree on what lies some tens of vectors back. So after each block of vectors the oldest one is
+decided, except the newest UNDECIDED blocks: as it is on the best path, and paths that differ there are dropped. Decided
+errors are one number per row, and almost all of the feedback is a product of matrices as in ptq/ldlq.py. Rows are taken
+in chunks of about STATES states, so memory does not depend on the height of W.
 
 Tensors here have the rows of W last, which makes every step an operation on long contiguous vectors.
 
 Limits: with feedback the best path is not found for certain, since a path that is dropped might have carried better
-errors; without feedback it is, up to decisions that a longer DELAY would change.
+errors; without feedback it is, up to what more UNDECIDED blocks would change (a tenth of a percent).
 """
 
 from typing import NamedTuple
