@@ -144,7 +144,7 @@ def filtered(c: Tensor, taps: Tensor) -> Tensor:
 
 
 def banded(taps: Tensor, count: int) -> Tensor:
-    """The map from the digits of count + reach vectors to the weights of the first `count`, [(count + reach) m, count d]."""
+    """The map from the digits of count + reach vectors to the weights of `count`, [(count + reach) m, count d]."""
     eye = torch.eye(count + len(taps) - 1, dtype=taps.dtype, device=taps.device)
     shifts = torch.stack([eye[:, ahead : ahead + count] for ahead in range(len(taps))])
     return torch.einsum("lcg,ldm->cmgd", shifts, taps).flatten(2).flatten(0, 1)
