@@ -1,9 +1,12 @@
-"""What each part is worth: one switch at a time (results/ablations.json), and more tokens (results/longer.json).
+"""What each part is worth: one switch at a time (results/ablations.json), more tokens (results/longer.json), the
+trellis.
 
     python scripts/ablate.py switches      `lcqat-planes` with one setting changed, same tokens; three seeds unchanged
-    python scripts/ablate.py longer        three methods with five times the tokens, scored on the way
+    python scripts/ablate.py longer        some methods with five times the tokens, scored on the way
+    python scripts/ablate.py trellis       the linear trellis and its rates beside other codebooks
+    (results/trellis.json)
 
-Both are scored on validation text, so their figures are not those of the table, whose test text stays unseen. Finished
+All are scored on validation text, so their figures are not those of the table, whose test text stays unseen. Finished
 rows are written at once and found again by the next start; delete the file to begin again. The seeds of the unchanged
 method show how large a difference has to be to mean anything.
 """
@@ -11,6 +14,7 @@ method show how large a difference has to be to mean anything.
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +27,12 @@ from lcqat_min.harness.models import BUNDLED, choose_device, load
 from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
 from lcqat_min.layer.linear import quant_layers
+from lcqat_min.packing.size import bits_per_weight
+from lcqat_min.ptq.lcqat import LCQAT
+from lcqat_min.ptq.method import Method
+from lcqat_min.ptq.trellis import Trellis
 from lcqat_min.qat.loop import TrainConfig, train
+from lcqat_min.systems.free_vq import FreeVQ
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EVAL_TOKENS = 8192
@@ -39,12 +48,27 @@ QUANT_SWITCHES = {
     "dim": (2, 8),
 }
 RATE_SWITCHES = {"lr_latents": (0.0, 3e-3), "lr_scales": (0.0,), "lr_rest": (0.0, 2e-4, 1e-3)}
+TRELLIS = next(recipe for recipe in RECIPES if recipe.name == "lcqat-trellis")
+TRELLIS_SWITCHES = {  # of the method lcqat-trellis; the first that matter most, as a run may be stopped
+    "reach": (2, 1, 0, 4),
+    "refits": (0, 2),
+    "learn_codebook": (False,),
+    "vectors of 2": ({"dim": 2, "reach": 1},),
+}
+OTHER_RATES = {  # bits per weight -> methods
+    3.0: (Trellis(bits=3.0), LCQAT(bits=3.0, dim=2), LCQAT(bits=3.0, dim=1), FreeVQ(bits=3.0, dim=2)),
+    1.0: (Trellis(bits=1.0), LCQAT(bits=1.0, dim=8), LCQAT(bits=1.0, dim=1), FreeVQ(bits=1.0, dim=8)),
+    1.5: (Trellis(bits=1.5), LCQAT(bits=1.5, dim=4), FreeVQ(bits=1.5, dim=4)),
+    4.0: (Trellis(bits=4.0), LCQAT(bits=4.0, dim=2), LCQAT(bits=4.0, dim=1), FreeVQ(bits=4.0, dim=2)),
+    2.5: (Trellis(bits=2.5), LCQAT(bits=2.5, dim=2), FreeVQ(bits=2.5, dim=2)),
+}
 LONGER_RUNS = {  # name of the row -> (method, rates changed)
     "sq": ("sq", {}),
     "lcqat-paper": ("lcqat-paper", {}),
     "lcqat-planes": ("lcqat-planes", {}),
     "lcqat-planes, latents three times as fast": ("lcqat-planes", {"lr_latents": 3e-3}),
     "lcqat-planes, latents frozen": ("lcqat-planes", {"lr_latents": 0.0}),
+    "lcqat-trellis": ("lcqat-trellis", {}),
 }
 
 
@@ -60,19 +84,46 @@ def trials() -> list[tuple[str, object, Recipe, int]]:
 
 def switches(experiment: Experiment) -> None:
     """Quantize, score, train, score, for each trial."""
+    run_trials(experiment, RESULTS / "ablations.json", trials())
+
+
+def run_trials(experiment: Experiment, path: Path, wanted: list[tuple[str, object, Recipe, int]]) -> None:
+    """Each trial that `path` does not hold yet: a row of KL after rounding and after training, bits and seconds."""
     teacher, budget, config = experiment.teacher, experiment.budget, made_with(experiment)
-    path, ids = RESULTS / "ablations.json", experiment.text.validation[:EVAL_TOKENS]
-    for switch, value, recipe, seed in tqdm(trials(), unit="trial"):
+    ids = experiment.text.validation[:EVAL_TOKENS]
+    for switch, value, recipe, seed in tqdm(wanted, unit="trial"):
         if any((row["switch"], row["value"], row["seed"]) == (switch, value, seed) for row in rows_of(path, config)):
             continue
-        model = quantized(experiment, recipe, seed)
+        clock, model = time.perf_counter(), quantized(experiment, recipe, seed)
         row = {"switch": switch, "value": value, "method": recipe.name, "seed": seed}
+        row |= {"seconds_ptq": time.perf_counter() - clock, "bits_per_weight": bits_per_weight(model).per_weight}
         row["kl_ptq"] = kl_to(teacher, model, ids, budget.window)
         plan = TrainConfig(steps=budget.steps, **recipe.rates)
         last = train(model, experiment.batches(seed), plan, teacher if recipe.teacher else None)[-1]
         row["kl_qat"] = kl_to(teacher, model, ids, budget.window)
         row |= {"tokens": last["tokens"], "code_flips": last["flips"]}
         add_rows(path, [row], config)
+
+
+def trellis_trials() -> list[tuple[str, object, Recipe, int]]:
+    """(switch, value, recipe, seed): the trellis unchanged and changed, then other rates with its learning rates."""
+    found = [("none", None, TRELLIS, 0)]
+    for switch, values in TRELLIS_SWITCHES.items():
+        changes = [(value, value if isinstance(value, dict) else {switch: value}) for value in values]
+        found += [(switch, v, replace(TRELLIS, quant=replace(TRELLIS.quant, **change)), 0) for v, change in changes]
+    for bits, methods in OTHER_RATES.items():
+        found += [(f"{bits:g} bits", describe_method(m), replace(TRELLIS, quant=m), 0) for m in methods]
+    return found
+
+
+def describe_method(method: Method) -> str:
+    """Its class and the size of its vectors."""
+    return f"{type(method).__name__} of {method.dim or 'as few as whole'}"
+
+
+def trellis(experiment: Experiment) -> None:
+    """Quantize, score, train, score, for each trial of the trellis."""
+    run_trials(experiment, RESULTS / "trellis.json", trellis_trials())
 
 
 def longer(experiment: Experiment, seed: int = 0) -> None:
@@ -102,12 +153,12 @@ def longer(experiment: Experiment, seed: int = 0) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("switches", "longer"))
+    options.add_argument("what", choices=("switches", "longer", "trellis"))
     args = options.parse_args()
     device = choose_device("cpu")
     teacher, tokenizer = load(BUNDLED, device)
     experiment = Experiment(teacher, tokenizer, load_text("docstrings", tokenizer), Budget(), device)
-    {"switches": switches, "longer": longer}[args.what](experiment)
+    {"switches": switches, "longer": longer, "trellis": trellis}[args.what](experiment)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ _SCALAR = LCQAT(codebook="scalar", rotate="none")
 RECIPES = (
     Recipe("fp", "unquantized; the control trains on, on next tokens", None, {"lr_rest": 5e-4}, teacher=False),
     Recipe("rtn", "scalar, rounded plainly", replace(_SCALAR, feedback=False)),
-    Recipe("gptq", "scalar, rounded with error feedback", _SCALAR),
+    Recipe("gptq", "scalar, rounded with error feedback and sweeps", _SCALAR),
     Recipe(
         "sq-paretoq",
         "scalar QAT from its published start: step = row maximum / 2",
@@ -77,7 +77,7 @@ RECIPES = (
         "sq",
         "scalar QAT from the start with error feedback",
         LSQ(),
-        {"lr_latents": 0.003, "lr_scales": 0.001, "lr_codebooks": 0.001},
+        {"lr_latents": 0.01, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Recipe(
         "lcqat-release",
@@ -89,13 +89,13 @@ RECIPES = (
         "lcqat-paper",
         "4-D integer lattice, rotated, A and b learned",
         LCQAT(codebook="lattice"),
-        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.01, "lr_scales": 0.001, "lr_codebooks": 0.001},
     ),
     Recipe(
         "lcqat-planes",
         "untied bit-planes, rotated, A and b learned",
         LCQAT(),
-        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.01, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Recipe(
         "lcqat-trellis",
@@ -107,14 +107,14 @@ RECIPES = (
         "lcqat-planes8",
         "untied bit-planes for 8 weights, 65,536 codewords; slow to round",
         LCQAT(dim=8),
-        {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
+        {"lr_latents": 0.01, "lr_scales": 0.003, "lr_codebooks": 0.003},
         by_default=False,
     ),
     Recipe(
         "free-vq",
         "256-entry table, rotated, codes frozen, table learned",
         FreeVQ(),
-        {"lr_scales": 0.002, "lr_codebooks": 0.002},
+        {"lr_scales": 0.0015, "lr_codebooks": 0.0015},
     ),
 )
 

@@ -36,6 +36,7 @@ NEARBY = (0.95, 1.05)
 @dataclass(frozen=True, kw_only=True)
 class Trellis(Method):
     """bits           per weight: 1, 1.5, 2, 2.5, 3 or 4
+    dim            d, weights per vector; 0: as few as the bits allow, 1 or 2
     reach          how many later vectors a vector depends on; -1: as many as make at most 64 states
     estimator      gradient through the rounding: ste | clipped | dge
     learn_codebook train the taps
@@ -43,6 +44,7 @@ class Trellis(Method):
     """
 
     bits: float = 2.0
+    dim: int = 0
     reach: int = -1
     estimator: str = "ste"
     learn_codebook: bool = True
@@ -55,12 +57,13 @@ class Trellis(Method):
 
     def start_taps(self) -> TrellisCodebook:
         """The codebook that the fit to a matrix starts from. UsageError where there is none for these settings."""
-        dim = 1 if self.bits == int(self.bits) else 2
+        dim = self.dim or (1 if self.bits == int(self.bits) else 2)
         m = round(self.bits * dim)
         reach = max(1, 6 // max(1, m)) if self.reach < 0 else self.reach
-        if m / dim != self.bits or (m, dim, reach) not in TAPS:
-            known = ", ".join(f"{m / d:g} with {L}" for m, d, L in sorted(TAPS))
-            raise UsageError(f"Trellis has no taps for bits {self.bits} and reach {reach}; it has: {known}")
+        if m != self.bits * dim or (m, dim, reach) not in TAPS:
+            known = ", ".join(f"{m / d:g} with {d} and {reach}" for m, d, reach in sorted(TAPS))
+            got = f"Trellis has no taps for bits {self.bits}, dim {dim} and reach {reach}"
+            raise UsageError(f"{got}; it has: {known}")
         return TrellisCodebook(torch.tensor(TAPS[m, dim, reach], dtype=torch.float32))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TrellisLinear:
