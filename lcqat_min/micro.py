@@ -5,7 +5,7 @@
     train(model, training_batches, 60, teacher)   # then pack(model): what to save, by safetensors
 
 Four weights become one byte. Its eight bits are the digits q of a small formula, w_hat = A q + b, with a gradient to
-A and b and, by a surrogate, to q. This is what LCQAT() and TrainConfig(steps) of the package do, with the same
+A and b and, by a surrogate, to q. This is what LCQAT(sweeps=0) and TrainConfig(steps) of the package do, with the same
 numbers: the same seed gives the same codes, except where two choices are equally good to the last digits. The file
 needs torch and nothing else: copied into an empty folder, it runs. Its functions come in the order of the method:
 
@@ -39,8 +39,8 @@ needs torch and nothing else: copied into an empty folder, it runs. Its function
 
 Limits: every nn.Linear except lm_head, with a number of inputs that 4 divides; no Conv1D, no experts fused into one
 tensor. The second moments of all layers are in memory at once, 8 n^2 bytes each, and rounding takes about twice as
-long as in the package (numpy searches faster). There are no checkpoints, no mixed precision and no products with packed
-codes. The package has all of these, and checks and reports much more.
+long as in the package (numpy searches faster). There are no sweeps after rounding, no checkpoints, no mixed precision
+and no products with packed codes. The package has all of these, and checks and reports much more.
 """
 
 from collections import abc, namedtuple

@@ -4,9 +4,9 @@
     python scripts/find_filters.py 3/2/1 3/2/2 --starts 20
 
 Each start alternates two steps, as k-means does: round by the Viterbi algorithm, solve for the taps by least squares.
-The error is measured on fresh weights, in all columns except the last 32, whose later bits are missing. What this
-prints is what lcqat_min/codebook/trellis.py holds as TAPS; where a start ends depends on the processor in its last
-digits only.
+The best is chosen on other weights, and its error is measured on yet others, in all columns except the last 32, whose
+later bits are missing. What this prints is what lcqat_min/codebook/trellis_taps.py holds as TAPS; where a start ends
+depends on the processor in its last digits only.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ def fitted(book: TrellisCodebook, x: Tensor, rounds: int) -> TrellisCodebook:
 
 
 def found(bits: int, dim: int, reach: int, starts: int, rounds: int) -> tuple[float, TrellisCodebook]:
-    """The best of `starts` random starts, by the error on fresh weights."""
+    """The best of `starts` random starts, and its error on fresh weights."""
     generator = torch.Generator().manual_seed(0)
-    x, fresh = torch.randn(2, ROWS, WIDTH - WIDTH % dim, generator=generator)
-    x, fresh = x / x.square().mean().sqrt(), fresh / fresh.square().mean().sqrt()
+    draws = torch.randn(3, ROWS, WIDTH - WIDTH % dim, generator=generator)
+    x, choice, fresh = draws / draws.square().mean((1, 2), keepdim=True).sqrt()
     ended = []
     for start in range(starts):
         taps = torch.randn(reach + 1, dim, bits, generator=generator)
         taps *= 0.95 / taps.square().sum((0, 2), keepdim=True).sqrt()
         book = fitted(TrellisCodebook(taps), x[:64], rounds)
-        ended.append((error_of(book, fresh), book))
+        ended.append((error_of(book, choice), book))
         print(f"  start {start}: {ended[-1][0]:.4f}", flush=True)
     best = [fitted(book, x, rounds) for _, book in sorted(ended, key=lambda pair: pair[0])[:GO_ON]]
-    return min(((error_of(book, fresh), book) for book in best), key=lambda pair: pair[0])
+    chosen = min(best, key=lambda book: error_of(book, choice))
+    return error_of(chosen, fresh), chosen
 
 
 def main() -> None:

@@ -18,6 +18,6 @@ def method(kind: str = "planes", **settings: object) -> Method:
     if kind == "table":
         return FreeVQ(**{key: value for key, value in settings.items() if key in FreeVQ.__dataclass_fields__})
     if kind == "trellis":
-        small = {"reach": 1} | settings
+        small = {"reach": 1} | settings | {"sweeps": 0}
         return Trellis(**{key: value for key, value in small.items() if key in Trellis.__dataclass_fields__})
     return LCQAT(codebook=kind, **settings)

@@ -9,10 +9,10 @@ is untied planes.
 
     reach   states 2^(m reach)   numbers   MSE on N(0,1), m = 2, d = 1, inner columns
     0               1               2      0.1175     Lloyd and Max's scalar quantizer
-    1               4               4      0.0945
-    2              16               6      0.0855     untied planes of d = 8 have 136 numbers and 0.092
-    3              64               8      0.0805
-    4             256              10      0.0777     no code of 2 bits gets below 0.0625
+    1               4               4      0.0952
+    2              16               6      0.0856     untied planes of d = 8 have 136 numbers and 0.092
+    3              64               8      0.0810
+    4             256              10      0.0787     no code of 2 bits gets below 0.0625
 
 Encoding is a search along the row (ptq/viterbi.py): how well a vector can be met depends on the bits of its neighbours.
 Decoding and products are as simple as those of planes: the taps fold into the inputs (`linear_form`).
@@ -113,6 +113,10 @@ class TrellisCodebook(LinearCodebook):
         """h [M, in] -> A^T h [M, n m / d], and planes of one bit: their product is D h, as w . h = c . A^T h."""
         vectors = F.pad(h, (0, -h.shape[1] % self.dim)).unflatten(1, (-1, self.dim))
         return self.transposed(vectors).flatten(1), ONE_BIT.to(h.device)
+
+    def codewords(self) -> Tensor:
+        """There are none: what a vector is worth depends on the bits after it. TypeError."""
+        raise TypeError("no vector of a trellis stands alone: round whole rows, with lcqat_min.ptq.viterbi_round")
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: the taps."""

@@ -12,8 +12,8 @@ for all other columns after each block: one product with H per sweep.
 
 QuantEase (arXiv 2309.01885) rounds so from the start; QuIP#'s released code does it after feedback.
 
-Limits: it ends in a minimum in which no single vector can be improved, after about six sweeps. A trellis gains nothing:
-its search has looked ahead (ptq/viterbi.py).
+Limits: it ends in a minimum in which no single vector can be improved, after about six sweeps. Not for a trellis, in
+which no vector stands alone, and whose search has looked ahead (ptq/viterbi.py).
 """
 
 import torch
