@@ -53,10 +53,8 @@ def viterbi_round(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Facto
 
 
 def plain_decisions(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Factor | None) -> tuple[Tensor, Tensor]:
-    """As viterbi_round, without looking ahead: each vector takes the bits that serve it best, from the last to the
-    first.
-
-    What a search is compared with, for as little as rounding to any codebook of m bits takes.
+    """As viterbi_round, but without looking ahead: from the last vector to the first, each takes the bits that serve it
+    best. It takes about as long as rounding to any codebook of m bits.
     """
     (n, d), x = (W.shape[1], book.dim), (W / scale[:, None]).T
     L, metrics = _feedback(W, d, factor)
@@ -82,7 +80,7 @@ def _feedback(W: Tensor, d: int, factor: Factor | None) -> tuple[Tensor, Tensor]
 class _Block(NamedTuple):
     """Vectors that are not decided yet, as the path to each place has them. A place is state * rows + row.
 
-    before: for each vector, the highest first, the place before it on the path to each place after it, int64
+    before: for each vector, the highest first, the place before it on the path to each place after it, int32
     [states * rows]. origin: the same for all vectors of the block together.
     """
 
@@ -156,7 +154,7 @@ class _Search:
         return cost, errors, _Block(before, origin)
 
     def _best_ways(self, cost: Tensor, t: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """The best way to each new state: its cost [states, rows], and the place that it comes from, int64 [places].
+        """The best way to each new state: its cost [states, rows], and the place that it comes from, int32 [places].
 
         t [d, places]: what the own bits of the vector should add. own [d, branches]: what they can add.
         """

@@ -15,7 +15,9 @@ from lcqat_min.disk.whole_file import alone
 from lcqat_min.errors import UsageError
 from lcqat_min.harness.models import BUNDLED, load
 from lcqat_min.layer.linear import quant_layers
+from lcqat_min.layer.stored import codebook_of
 from lcqat_min.packing.files import load_packed, save_packed
+from lcqat_min.packing.layer import PackedLinear
 from lcqat_min.ptq.lcqat import LCQAT
 from lcqat_min.ptq.model import quantize
 from lcqat_min.qat import checkpoint
@@ -363,3 +365,26 @@ def test_settings_of_a_method_are_read_by_their_types():
     for wrong in ("colour=red", "dim=two", "feedback=yes", "dim"):
         with pytest.raises(UsageError, match=rf"--set {wrong}: the settings of lcqat .* rotate=both, .* dim=4"):
             commands.method_with("lcqat", [wrong])
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"), [(["--bits", "3"], {3.0}), (["--bits", "2.25"], None), (["--bits", "2", "--mixed"], None)]
+)
+def test_bits_of_the_command_line_are_never_exceeded(place, tmp_path, capsys, options, rates):
+    args = ["--model", place / "model", "--text", place / "text.txt", "--tokens", 64, "--method", "trellis"]
+    assert call("quantize", *args, *options, "--out", tmp_path / "q") == 0
+    layers = [layer for layer in load_packed(tmp_path / "q").modules() if isinstance(layer, PackedLinear)]
+    books = [codebook_of(layer.stored()) for layer in layers]
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    found = [(book.bits / book.dim, size) for book, size in zip(books, sizes, strict=True)]
+    assert sum(rate * size for rate, size in found) <= float(options[1]) * sum(size for _, size in found)
+    assert rates is None or {rate for rate, _ in found} == rates
+    assert ("at most" in capsys.readouterr().out) == (rates is None)
+
+
+def test_bits_that_a_method_does_not_have(place, tmp_path, capsys):
+    args = ["--model", place / "model", "--text", place / "text.txt", "--out", tmp_path / "q"]
+    assert call("quantize", *args, "--method", "lsq", "--bits", "3") == 2
+    assert call("quantize", *args, "--method", "trellis", "--bits", "0.5") == 2
+    said = capsys.readouterr().err
+    assert "lsq" in said and "0.5" in said and not (tmp_path / "q").exists()

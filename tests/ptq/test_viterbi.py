@@ -153,8 +153,11 @@ def test_memory_does_not_grow_with_the_rows():
     assert kept < 16 << 20 and viterbi.STATES["cpu"] == 64 * 256
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 1.25}, {"bits": 0}, {"bits": 2.0, "reach": 9}, {"sweeps": 6}, {"estimator":
-"none"}]) def test_settings_that_do_not_exist_are_named(wrong):
+WRONG = [{"bits": 1.25}, {"bits": 0}, {"bits": 2.0, "reach": 9}, {"sweeps": 6}, {"estimator": "none"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_settings_that_do_not_exist_are_named(wrong):
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         Trellis(**wrong)
 
