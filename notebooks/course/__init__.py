@@ -29,10 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
 
 # One colour for each kind of codebook, in every notebook; black and greys for all else. Their grey values differ as
-# well: 0.10, 0.30, 0.45, 0.60, 0.75.
+# well: 0.10, 0.30, 0.40, 0.45, 0.60, 0.75.
 COLOURS = {
     "untied": "#0b1d51",  # bit-planes, ours
     "tied": "#8c2d04",  # the paper's lattice
+    "trellis": "#a53f9b",  # vectors that overlap
     "table": "#2a8078",  # lookup table
     "scalar": "#dd8452",  # one weight at a time
     "plain": "#bdbdbd",  # unquantized weights, references
