@@ -14,6 +14,8 @@ method show how large a difference has to be to mean anything.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +30,11 @@ from lcqat_min.harness.results import add_rows, rows_of
 from lcqat_min.harness.text import load_text
 from lcqat_min.layer.linear import quant_layers
 from lcqat_min.packing.size import bits_per_weight
+from lcqat_min.ptq.allocate import RATES, allocate, spent
 from lcqat_min.ptq.lcqat import LCQAT
 from lcqat_min.ptq.method import Method
+from lcqat_min.ptq.model import quantize
+from lcqat_min.ptq.select import linear_layers
 from lcqat_min.ptq.trellis import Trellis
 from lcqat_min.qat.loop import TrainConfig, train
 from lcqat_min.systems.free_vq import FreeVQ
@@ -126,6 +131,30 @@ def trellis(experiment: Experiment) -> None:
     run_trials(experiment, RESULTS / "trellis.json", trellis_trials())
 
 
+def bits(experiment: Experiment) -> None:
+    """KL after rounding for one rate everywhere, and for rates by measured gains and by shares of the output lost."""
+    teacher, budget, config = experiment.teacher, experiment.budget, made_with(experiment)
+    path, ids, method = RESULTS / "bits.json", experiment.text.validation[:EVAL_TOKENS], LCQAT(dim=2)
+    sizes = {name: layer.weight.numel() for name, layer in linear_layers(teacher, ("lm_head",))}
+    for seed, average in itertools.product((0, 1, 2), (2.0, 2.5)):
+        if any((row["bits"], row["seed"]) == (average, seed) for row in rows_of(path, config)):
+            continue
+        calibration, found = experiment.calibration(seed), {}
+        reports = quantize(copy.deepcopy(teacher), calibration, method, seed=seed)
+        spending = {
+            "one rate": dict.fromkeys(sizes, average),
+            "measured": allocate(teacher, calibration, average, seed=seed),
+            "share of output lost": spent({r.name: r.loss for r in reports}, sizes, average, RATES[1:]),
+        }
+        for how, rates in spending.items():
+            model = copy.deepcopy(teacher)
+            quantize(model, calibration, method, changes={n: {"bits": rate} for n, rate in rates.items()}, seed=seed)
+            found[how] = kl_to(teacher, model, ids, budget.window)
+        add_rows(
+            path, [{"bits": average, "seed": seed, "spent": how, "kl_ptq": kl} for how, kl in found.items()], config
+        )
+
+
 def longer(experiment: Experiment, seed: int = 0) -> None:
     """Train with LONGER times the tokens and score at MARKS places, and before."""
     teacher, budget, config = experiment.teacher, experiment.budget, made_with(experiment)
@@ -153,12 +182,12 @@ def longer(experiment: Experiment, seed: int = 0) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("switches", "longer", "trellis"))
+    options.add_argument("what", choices=("switches", "longer", "trellis", "bits"))
     args = options.parse_args()
     device = choose_device("cpu")
     teacher, tokenizer = load(BUNDLED, device)
     experiment = Experiment(teacher, tokenizer, load_text("docstrings", tokenizer), Budget(), device)
-    {"switches": switches, "longer": longer, "trellis": trellis}[args.what](experiment)
+    {"switches": switches, "longer": longer, "trellis": trellis, "bits": bits}[args.what](experiment)
 
 
 if __name__ == "__main__":

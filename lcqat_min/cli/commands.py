@@ -68,7 +68,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         windows = sample_windows(text.train, count, window, generator)
         print(f"{method}, calibrated on {windows.numel()} tokens")
         choices = {"skip": ("lm_head", *args.skip), "seed": args.seed}
-        changes = _rates(model, windows.split(8), method, args.bits, choices) if mixed else {}
+        changes = _rates(model, windows.split(8), args.bits, choices) if mixed else {}
         bar = partial(tqdm, unit="layer")
         reports = quantize(model, windows.split(8), method, changes=changes, progress=bar, **choices)
         print(save_packed(model, args.out, dtype))
@@ -79,9 +79,9 @@ def run_quantize(args: argparse.Namespace) -> None:
         print(f"packed model: {args.out}")
 
 
-def _rates(model: nn.Module, batches: Sequence[Tensor], method: Method, budget: float, choices: dict) -> dict:
+def _rates(model: nn.Module, batches: Sequence[Tensor], budget: float, choices: dict) -> dict:
     """Changes for `quantize` that give each layer its rate: at most `budget` bits on average. Prints what it chose."""
-    rates = allocate(model, batches, method, budget, **choices)
+    rates = allocate(model, batches, budget, progress=partial(tqdm, desc="bits", unit="layer"), **choices)
     counts = sorted(Counter(rates.values()).items())
     print(f"at most {budget:g} bits per weight: " + ", ".join(f"{n} layers at {rate:g}" for rate, n in counts))
     return {name: {"bits": rate} for name, rate in rates.items()}

@@ -23,7 +23,10 @@ from lcqat_min.ptq.trellis import Trellis
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NUMBER = r"\d[\d.,]*|two|three|four|five|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half|halves|twice"
+NUMBER = (
+    r"\d[\d.,]*|two|three|four|five|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half"
+    r"|halves|twice"
+)
 PHRASES = {  # every number in the README's prose and the word after it -> the test that holds it, or why there is none
     "Two bits": "the task", "2 bits": "the task", "Two commands": "a heading",
     "3.11 to": "test_the_readme_names_versions", "3.14 and": "test_the_readme_names_versions",

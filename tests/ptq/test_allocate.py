@@ -51,8 +51,10 @@ TOKENS = torch.arange(48).view(2, 24) % 97
 
 
 def test_a_model_gets_rates_and_uses_them(model):
-    trellis = method("trellis", reach=1)
-    rates = allocate(model, [TOKENS], trellis, 2.25)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rates = allocate(model, [TOKENS], 2.25)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert rates == allocate(model, [TOKENS], 2.25)
     assert set(rates) == {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)} - {
         "lm_head"
     }
@@ -93,3 +95,23 @@ def test_a_wrong_change_is_named_before_anything_happens(model):
 def test_a_budget_below_the_lowest_rate_is_refused():
     with pytest.raises(UsageError, match="0.5"):
         spent({"a": 1.0}, {"a": 1}, 0.5)
+
+
+def test_layers_that_matter_more_get_more(model):
+    """A layer whose output is multiplied by almost zero hardly changes the predictions."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
+    rates = allocate(model, [TOKENS], 2.0)
+    quiet = [rates[f"model.layers.1.mlp.{name}"] for name in ("gate_proj", "up_proj", "down_proj")]
+    assert max(quiet) == 1.5 and max(rates.values()) > 2
+    assert min(allocate(model, [TOKENS], 1.25).values()) == 1.0
+    with pytest.raises(UsageError, match="0.75"):
+        allocate(model, [TOKENS], 0.75)
+
+
+def test_conv1d_is_put_back_as_it_was(tiny_gpt2):
+    model = tiny_gpt2()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rates = allocate(model, [TOKENS], 2.0)
+    assert "transformer.h.0.attn.c_proj" in rates
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
