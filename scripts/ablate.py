@@ -150,9 +150,8 @@ def bits(experiment: Experiment) -> None:
             model = copy.deepcopy(teacher)
             quantize(model, calibration, method, changes={n: {"bits": rate} for n, rate in rates.items()}, seed=seed)
             found[how] = kl_to(teacher, model, ids, budget.window)
-        add_rows(
-            path, [{"bits": average, "seed": seed, "spent": how, "kl_ptq": kl} for how, kl in found.items()], config
-        )
+        rows = [{"bits": average, "seed": seed, "spent": how, "kl_ptq": kl} for how, kl in found.items()]
+        add_rows(path, rows, config)
 
 
 def longer(experiment: Experiment, seed: int = 0) -> None:
