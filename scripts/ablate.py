@@ -55,7 +55,7 @@ QUANT_SWITCHES = {
 RATE_SWITCHES = {"lr_latents": (0.0, 3e-3), "lr_scales": (0.0,), "lr_rest": (0.0, 2e-4, 1e-3)}
 TRELLIS = next(recipe for recipe in RECIPES if recipe.name == "lcqat-trellis")
 TRELLIS_SWITCHES = {  # of the method lcqat-trellis; the first that matter most, as a run may be stopped
-    "reach": (2, 1, 0, 4),
+    "reach": (1, 0, 4),
     "refits": (0, 2),
     "learn_codebook": (False,),
     "vectors of 2": ({"dim": 2, "reach": 1},),
@@ -111,8 +111,13 @@ def run_trials(experiment: Experiment, path: Path, wanted: list[tuple[str, objec
 
 
 def trellis_trials() -> list[tuple[str, object, Recipe, int]]:
-    """(switch, value, recipe, seed): the trellis unchanged and changed, then other rates with its learning rates."""
-    found = [("none", None, TRELLIS, 0)]
+    """(switch, value, recipe, seed): two trellises beside planes, changes, then other rates with its learning rates."""
+    reach_2 = replace(TRELLIS, quant=replace(TRELLIS.quant, reach=2))
+    found = [
+        trial
+        for seed in (0, 1, 2)
+        for trial in (("none", None, TRELLIS, seed), ("planes", None, BASE, seed), ("reach", 2, reach_2, seed))
+    ]
     for switch, values in TRELLIS_SWITCHES.items():
         changes = [(value, value if isinstance(value, dict) else {switch: value}) for value in values]
         found += [(switch, v, replace(TRELLIS, quant=replace(TRELLIS.quant, **change)), 0) for v, change in changes]

@@ -38,11 +38,12 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lcqat_min.codebook import AffineCodebook, Codebook, TableCodebook, random_planes  # noqa: E402
+from lcqat_min.codebook import Codebook, TableCodebook, random_planes  # noqa: E402
 from lcqat_min.harness.results import describe, write_json  # noqa: E402
 from lcqat_min.kernels.decode import byte_tables, decode  # noqa: E402
 from lcqat_min.kernels.product import FEW_ROWS, dequantize, product, working_kernels  # noqa: E402
 from lcqat_min.layer.rotation import random_signs, rotate, unrotate  # noqa: E402
+from lcqat_min.ptq.trellis import Trellis  # noqa: E402
 
 SHAPES = [(n, n) for n in (2048, 4096, 8192, 16384)] + [(4096, 11008), (11008, 4096), (8192, 28672)]  # [out, in]
 BATCHES = (1, 4, 16, 64)
@@ -57,6 +58,7 @@ def books() -> dict[str, Codebook]:
     return {
         "planes d=4": random_planes(4, generator),
         "planes d=8": random_planes(8, generator),
+        "trellis": Trellis().start_taps(),
         "table d=4": TableCodebook(torch.randn(256, 4, generator=generator)),
     }
 
@@ -120,11 +122,11 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
     weights = [random_codes(rows, columns, "cuda") for _ in range(copies(rows * columns // 4))]
     D = decode(weights[0], book, columns)
     row = {"what": "product", "codebook": name, "out": rows, "in": columns, "batch": batch}
-    if (planes := book.as_planes()) is not None:
+    if not isinstance(book, TableCodebook):
         parts, expected = x.float().split(FEW_ROWS["cuda"]), x.double() @ D.double().T
-        y = all_fused(parts, weights[0], planes)
+        y = all_fused(parts, weights[0], book)
         row["error"] = ((y - expected).norm() / expected.norm()).item()
-        row["fused"] = 1e6 * seconds([partial(all_fused, parts, codes, planes) for codes in weights])
+        row["fused"] = 1e6 * seconds([partial(all_fused, parts, codes, book) for codes in weights])
     row["decoded"] = 1e6 * seconds([partial(decoded, x, codes, book) for codes in weights])
     row["packed"] = 1e6 * seconds([partial(Packed(codes, columns, book), x) for codes in weights])
     dense = [D.bfloat16() for _ in range(min(len(weights), copies(2 * rows * columns)))]
@@ -132,8 +134,9 @@ def bench_product(rows: int, columns: int, batch: int, name: str, book: Codebook
     return row
 
 
-def all_fused(parts: tuple[Tensor, ...], codes: Tensor, planes: AffineCodebook) -> Tensor:
-    return torch.cat([working_kernels(part.device).launch_fused(part, codes, planes, 2) for part in parts])
+def all_fused(parts: tuple[Tensor, ...], codes: Tensor, book: Codebook) -> Tensor:
+    forms = [book.linear_form(part) for part in parts]  # the fold of a trellis is a part of its product
+    return torch.cat([working_kernels(h.device).launch_fused(h, codes, planes, 2) for h, planes in forms])
 
 
 def decoded(x: Tensor, codes: Tensor, book: Codebook) -> Tensor:
@@ -296,7 +299,7 @@ def on_cpu(repeats: int, ways: list[str]) -> int:
         codes = [random_codes(out, inputs) for _ in range(count)]
         for name, book in books().items():
             for way, batch in cases:
-                if way == "compiled" and book.as_planes() is None:
+                if way == "compiled" and isinstance(book, TableCodebook):
                     continue  # nothing to fold, nothing to compile
                 x = torch.randn(batch, inputs)
                 ratio = cpu_ratio(

@@ -38,6 +38,7 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "tenth of": "test_lattice_is_little_ahead_of_the_rotated_grid", "twentieth Untied": "test_planes_and_table",
     "ten thousand": "test_vectors_hardly_need_changed_codes", "hundredth The": "test_vectors_hardly_need_changed_codes",
     "three times": "test_more_tokens_leave_the_order",
+    "three seeds": "test_bits_where_they_count", "sixth Rates": "test_bits_where_they_count",
     "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
     "eight weights": "test_one_switch_at_a_time", "four bring": "test_one_switch_at_a_time", "256 times": "test_counts",
     "4.5 million": "test_counts",
@@ -152,6 +153,19 @@ def test_more_tokens_leave_the_order():
     ]
     seeds = max(table) - min(table)
     assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < seeds
+
+
+def test_bits_where_they_count():
+    rows = read_results(ROOT / "results" / "bits.json")["rows"]
+    for average in (2.0, 2.5):
+        kl = {
+            how: [r["kl_ptq"] for r in rows if (r["bits"], r["spent"]) == (average, how)]
+            for how in ("one rate", "measured", "share of output lost")
+        }
+        assert {len(found) for found in kl.values()} == {3}
+        one, measured, lost = kl.values()
+        assert max(measured) < 5 / 6 * min(one)
+        assert all(a > b for a, b in zip(lost, one, strict=True))
 
 
 def test_one_switch_at_a_time():
