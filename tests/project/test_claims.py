@@ -24,7 +24,7 @@ from lcqat_min.ptq.trellis import Trellis
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = (
-    r"\d[\d.,]*|two|three|four|five|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half"
+    r"\d[\d.,]*|two|three|four|five|fifth|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half"
     r"|halves|twice"
 )
 PHRASES = {  # every number in the README's prose and the word after it -> the test that holds it, or why there is none
@@ -38,7 +38,7 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "tenth of": "test_lattice_is_little_ahead_of_the_rotated_grid", "twentieth Untied": "test_planes_and_table",
     "ten thousand": "test_vectors_hardly_need_changed_codes", "hundredth The": "test_vectors_hardly_need_changed_codes",
     "three times": "test_more_tokens_leave_the_order",
-    "three seeds": "test_bits_where_they_count", "sixth Rates": "test_bits_where_they_count",
+    "three seeds": "test_bits_where_they_count", "fifth Rates": "test_bits_where_they_count",
     "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
     "eight weights": "test_one_switch_at_a_time", "four bring": "test_one_switch_at_a_time", "256 times": "test_counts",
     "4.5 million": "test_counts",
@@ -164,7 +164,7 @@ def test_bits_where_they_count():
         }
         assert {len(found) for found in kl.values()} == {3}
         one, measured, lost = kl.values()
-        assert max(measured) < 5 / 6 * min(one)
+        assert max(measured) < 4 / 5 * min(one)
         assert all(a > b for a, b in zip(lost, one, strict=True))
 
 
