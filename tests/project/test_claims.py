@@ -24,7 +24,7 @@ from lcqat_min.ptq.trellis import Trellis
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = (
-    r"\d[\d.,]*|two|three|four|five|fifth|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half"
+    r"\d[\d.,]*|two|three|four|five|fifth|fiftieth|sixth|eight|nine|ten|tenth|fourteen|twentieth|hundredth|hundred|thousand|half"
     r"|halves|twice"
 )
 PHRASES = {  # every number in the README's prose and the word after it -> the test that holds it, or why there is none
@@ -40,6 +40,7 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "three times": "test_more_tokens_leave_the_order",
     "three seeds": "test_bits_where_they_count", "fifth Rates": "test_bits_where_they_count",
     "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
+    "fiftieth So": "test_more_tokens_leave_the_order",
     "eight weights": "test_one_switch_at_a_time", "four bring": "test_one_switch_at_a_time", "256 times": "test_counts",
     "4.5 million": "test_counts",
 }  # fmt: skip
@@ -146,13 +147,7 @@ def test_more_tokens_leave_the_order():
     assert first["tokens"] * 6 == end["tokens"] == 6 * 5 * Budget().train_tokens // 6 and first["kl"] < end["kl"]
     fast, frozen = (by_method[f"lcqat-planes, latents {how}"][-1] for how in ("three times as fast", "frozen"))
     assert fast["code_flips"] > 0.01 and frozen["code_flips"] == 0
-    table = [
-        row["kl_qat"]
-        for row in read_results(ROOT / "results" / "compare.json")["rows"]
-        if row["method"] == "lcqat-planes"
-    ]
-    seeds = max(table) - min(table)
-    assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < seeds
+    assert max(abs(one["kl"] - last["lcqat-planes"]) for one in (fast, frozen)) < last["lcqat-planes"] / 50
 
 
 def test_bits_where_they_count():
