@@ -11,7 +11,7 @@ they are decoded one by one.
 
 A lookup takes as long for one row of h as for many. `scripts/bench_kernels.py --cpu` measures the product against the
 dense fp32 product, and generation with the bundled model, and stores both in results/packed_cpu.json: with one row of h
-it takes longer than the dense product, with 256 rows about as long. What is gained for certain is memory.
+it takes longer than the dense product, with 256 rows up to half longer. What is gained for certain is memory.
 
 Limits: one row of h has to be multiplied with each weight after it was decoded; kernels/fold.py avoids that.
 """

@@ -37,7 +37,7 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "tenth before": "test_the_trellis_is_closest", "8 numbers": "test_counts", "36 and": "test_counts",
     "tenth of": "test_lattice_is_little_ahead_of_the_rotated_grid", "twentieth Untied": "test_planes_and_table",
     "ten thousand": "test_vectors_hardly_need_changed_codes", "hundredth The": "test_vectors_hardly_need_changed_codes",
-    "three times": "test_more_tokens_leave_the_order",
+    "three times": "test_more_tokens_leave_the_order", "half longer": "test_packed_products_on_a_cpu",
     "three seeds": "test_bits_where_they_count", "fifth Rates": "test_bits_where_they_count",
     "five times": "test_more_tokens_leave_the_order", "sixth of": "test_more_tokens_leave_the_order",
     "fiftieth So": "test_more_tokens_leave_the_order",
@@ -190,8 +190,8 @@ def test_packed_products_on_a_cpu():
     for (_, name, way, batch), value in ratio.items():
         if batch == 1:
             assert value > 1 if way == "eager" else value < 1
-        if batch == 256 and name != "planes d=8":
-            assert 0.8 < value < 1.2
+        if batch == 256:
+            assert 0.8 < value < (1.5 if name in ("planes d=4", "table d=4") else 2.0)
 
 
 def test_kernels_were_compiled_without_spills():
