@@ -104,7 +104,7 @@ RECIPES = (
         {"lr_latents": 0.001, "lr_scales": 0.003, "lr_codebooks": 0.003},
     ),
     Recipe(
-        "lcqat-planes8",
+        "lcqat-planes8",  # with the rates of lcqat-planes
         "untied bit-planes for 8 weights, 65,536 codewords; slow to round",
         LCQAT(dim=8),
         {"lr_latents": 0.01, "lr_scales": 0.003, "lr_codebooks": 0.003},

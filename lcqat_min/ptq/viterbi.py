@@ -21,6 +21,8 @@ Limits: with feedback the best path is not found for certain, since a path that 
 errors; without feedback it is, up to what more UNDECIDED blocks would change (a tenth of a percent).
 """
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -46,10 +48,26 @@ def viterbi_round(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Facto
     L, metrics = _feedback(W, book.dim, factor)
     x = (W / scale[:, None]).T.contiguous()  # [n, out]
     at_once = max(1, STATES.get(W.device.type, 1 << 18) >> book.bits * book.reach)
-    parts = [_Search(book, part.shape[1], L, metrics).run(part) for part in x.split(at_once, 1)]
+    parts = _each(lambda part: _Search(book, part.shape[1], L, metrics).run(part), x.split(at_once, 1))
     index, error = (torch.cat(found, dim=1).T.contiguous() for found in zip(*parts, strict=True))
     index = index.long()
     return index, book.decode(index).flatten(1) + error @ L.T
+
+
+def _each(search: Callable[[Tensor], tuple[Tensor, Tensor]], parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The search of each part, on CPUs in as many threads as torch has.
+
+    Steps are too small to be shared between threads: they would mostly wait for each other.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or parts[0].device.type != "cpu":
+        return [search(part) for part in parts]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(search, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def plain_decisions(W: Tensor, scale: Tensor, book: TrellisCodebook, factor: Factor | None) -> tuple[Tensor, Tensor]:

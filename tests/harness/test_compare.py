@@ -469,6 +469,9 @@ def test_rates_of_the_methods_are_the_best_of_the_search():
         if recipe.quant is None or recipe.rates is None:
             assert not tried
             continue
+        if not recipe.by_default and not tried:  # the rates of a method that differs from it in one setting
+            assert recipe.rates == next(r.rates for r in RECIPES if r.name == recipe.name.rstrip("8"))
+            continue
         best = min(tried, key=lambda r: (round(r["kl_qat"], 3), r.get("lr_latents", 0), r["lr_scales"]))
         assert len(tried) == 9 and recipe.rates == {key: best[key] for key in best if key.startswith("lr_")}
 
