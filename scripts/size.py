@@ -22,7 +22,7 @@ CLOSURES = {  # name: what is imported, at most so many lines of code
     "quantize + train": (("ptq/model", "qat/loop"), 1150),
     "all that is promised": (
         ("ptq/model", "qat/loop", "packing/files", "packing/convert", "kernels/product", "kernels/triton_kernels"),
-        1950,
+        1975,
     ),
 }
 
