@@ -66,12 +66,12 @@ def cases(target: str, quick: bool) -> list[Case]:
     windows = Case("dequantize windows", kernels.windows_kernel, wide, sizes)
     fold = [
         Case(
-            f"fold d={d}, {limbs} limbs",
+            f"fold d={d} of {m}, {limbs} limbs",
             kernels.fold_kernel,
             numbers | {"digits": "*i8"},
-            {"D": d, "K": 2 * d, "LIMBS": limbs, "BYTES": TILE_BYTES},
+            {"D": d, "K": m, "LIMBS": limbs, "BYTES": TILE_BYTES},
         )
-        for d in ((4,) if quick else (1, 4, 8))
+        for d, m in (((4, 8),) if quick else ((1, 1), (1, 2), (4, 8), (8, 16)))
         for limbs in ((2,) if quick else (2, 3))
     ]
     return [*fused, dequantize, windows, *fold]
