@@ -145,6 +145,23 @@ def test_looking_ahead_pays():
     assert losses[0] < 0.8 * losses[1]
 
 
+def test_threads_change_nothing_and_stay_as_they_were(monkeypatch):
+    book, factor = a_trellis(2, 1, 2), factorize(moments_of(40))
+    W = torch.randn(9, 40, generator=seeded(8))
+    monkeypatch.setattr(viterbi, "STATES", {"cpu": 64})  # four rows at a time
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(viterbi_round(W, torch.ones(9), book, factor))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_memory_does_not_grow_with_the_rows():
     """The largest tensors of a chunk; another chunk takes the same."""
     book = TrellisCodebook(torch.tensor(TAPS[2, 1, 3]))
