@@ -34,7 +34,8 @@ PHRASES = {  # every number in the README's prose and the word after it -> the t
     "Fourteen notebooks": "test_counts", "eight such": "test_counts",
     "90 minutes": "test_guide.py", "half a": "test_guide.py", "two days": "test_guide.py",
     "halves their": "bf16 for fp32",
-    "tenth before": "test_the_trellis_is_closest", "8 numbers": "test_counts", "36 and": "test_counts",
+    "tenth before": "test_the_trellis_is_closest",
+    "twentieth other": "test_a_trellis_of_less_reach_is_still_closer_than_planes", "8 numbers": "test_counts", "36 and": "test_counts",
     "tenth of": "test_lattice_is_little_ahead_of_the_rotated_grid", "twentieth Untied": "test_planes_and_table",
     "ten thousand": "test_vectors_hardly_need_changed_codes", "hundredth The": "test_vectors_hardly_need_changed_codes",
     "three times": "test_more_tokens_leave_the_order", "half longer": "test_packed_products_on_a_cpu",
@@ -81,6 +82,16 @@ def test_the_trellis_is_closest(methods):
         assert ours < 0.9 * theirs
     seconds = {name: min(row["seconds_ptq"] for row in methods[name]) for name in ("lcqat-trellis", "lcqat-planes")}
     assert seconds["lcqat-trellis"] > 2 * seconds["lcqat-planes"]
+
+
+def test_a_trellis_of_less_reach_is_still_closer_than_planes():
+    rows = read_results(ROOT / "results" / "trellis.json")["rows"]
+    planes = [row for row in rows if row["switch"] == "planes"]
+    reach_2 = [row for row in rows if (row["switch"], row["value"]) == ("reach", 2)]
+    assert len(planes) == len(reach_2) == 3 and 4**2 == 4**3 / 4
+    for key in ("kl_ptq", "kl_qat"):
+        assert below(reach_2, key, planes, key)
+        assert sum(row[key] for row in reach_2) < 0.95 * sum(row[key] for row in planes)
 
 
 def test_rounding_to_a_trellis_beats_scalar_training(methods):
