@@ -82,7 +82,9 @@ def _add_compare(add: Callable) -> None:
     compare = add("compare", "compare.run_compare", "all methods on one model", description=_compare_help())
     _model(compare)
     _text_and_device(compare)
-    compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows of the table (default: all)")
+    compare.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="only these rows of the table (default: all that are not slow)"
+    )
     compare.add_argument("--seeds", nargs="+", type=seed, default=[0], metavar="N", help="one run each (default: 0)")
     compare.add_argument("--tokens", type=positive, metavar="N", help="training tokens per method (default: 61440)")
     compare.add_argument("--prompt", default="Return the", help="continued by each method (default: %(default)r)")
@@ -93,7 +95,8 @@ def _add_compare(add: Callable) -> None:
 def _compare_help() -> str:
     from ..harness.compare import RECIPES
 
-    methods = "\n".join(f"  {recipe.name:<15}{recipe.what}" for recipe in RECIPES)
+    only = {True: "", False: "; only if named"}
+    methods = "\n".join(f"  {recipe.name:<15}{recipe.what}{only[recipe.by_default]}" for recipe in RECIPES)
     return (
         "Quantize one language model to 2 bits by every method, train each for the same tokens, and print one table.\n"
         "A run writes to --out (default: runs/<time>). Started again with that folder, it goes on from what is there.\n"

@@ -72,7 +72,10 @@ class LCQAT(Method):
 
 @lru_cache(maxsize=16)
 def normal_codebook(kind: str, dim: int, seed: int, bits: float = 2.0) -> AffineCodebook:
-    """The codebook of a kind fitted to N(0, 1) weights, where every fit starts; made once (it takes seconds)."""
+    """The codebook of a kind fitted to N(0, 1) weights, where every fit starts; made once.
+
+    It takes seconds, and a minute or more for vectors of 16 bits.
+    """
     m = round(bits * dim)
     if kind != "planes":
         return scalar() if kind == "scalar" else lattice(dim)

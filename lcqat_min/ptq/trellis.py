@@ -66,12 +66,13 @@ class Trellis(Method):
         m = round(self.bits * dim)
         reach = max(1, 6 // max(1, m)) if self.reach < 0 else self.reach
         if m != self.bits * dim or (m, dim, reach) not in TAPS:
-            known = ", ".join(f"{m / d:g} with {d} and {reach}" for m, d, reach in sorted(TAPS))
+            known = ", ".join(f"({m / d:g}, {d}, {L})" for m, d, L in sorted(TAPS))
             got = f"Trellis has no taps for bits {self.bits}, dim {dim} and reach {reach}"
-            raise UsageError(f"{got}; it has: {known}")
+            raise UsageError(f"{got}; choose (bits, dim, reach) from {known}, or run scripts/find_filters.py")
         return TrellisCodebook(torch.tensor(TAPS[m, dim, reach], dtype=torch.float32))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TrellisLinear:
+        """As in Method."""
         signs, book = self.signs(W, generator), self.start_taps().to(W.device)
         W_r, factor = self.prepare(W, H, signs, book.dim)
         rounded = self.round_rows(W_r, factor, book)

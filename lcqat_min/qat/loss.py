@@ -33,6 +33,7 @@ class _TeacherKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        """Logits [tokens, V] of both -> their mean KL(teacher || student), nats, fp32 scalar."""
         grad = torch.empty_like(student)
         total = student.new_zeros((), dtype=torch.float64)
         rows = max(1, KL_ELEMENTS // student.shape[1])
@@ -46,5 +47,6 @@ class _TeacherKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        """Gradient to the student's logits, in their dtype; none to the teacher's."""
         (grad,) = ctx.saved_tensors
         return grad * (upstream / len(grad)), None

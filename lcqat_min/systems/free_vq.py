@@ -98,6 +98,7 @@ class FreeVQ(Method):
         return replace(self, table=nn.Parameter(book.table.to(W.device), requires_grad=self.learn_codebook))
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> TableLinear:
+        """As in Method, with the table that `start` has made."""
         assert self.table is not None  # quantize calls start before
         signs, book = self.signs(W, generator), TableCodebook(self.table.detach().to(W.device))
         rounded = self.round(*self.prepare(W, H, signs, self.dim), book)

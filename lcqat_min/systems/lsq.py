@@ -77,6 +77,7 @@ class LSQ(Method):
         self.check("scale", SCALES)
 
     def layer(self, W: Tensor, H: Tensor, bias: Tensor | None, generator: torch.Generator) -> StepLinear:
+        """As in Method, with a start by `scale`."""
         signs, grid = self.signs(W, generator), scalar().to(W.device)
         W_r, factor = self.prepare(W, H, signs, 1)
         if self.scale == "max":
